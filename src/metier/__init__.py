@@ -1,0 +1,82 @@
+"""Metier gives an open model a métier: it tunes a specialist, proves that it is better, and ships what was proved.
+
+The verbs of the command line are functions here; each takes the path of a specialist (a YAML file or its folder).
+
+    import metier
+    metier.run("recipes/licence-clerk")
+    metier.ask("runs/licence-clerk", "Released under the MIT license.")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metier.acts import Outcome
+
+__version__ = "0.1.0"
+__all__ = ["ask", "build", "doctor", "new", "prove", "run", "ship", "train"]
+
+
+def build(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
+    """Documents and examples to a data set folder: deduplicated, split by group, sealed."""
+    return _act("build", spec, runs, settings, dry)
+
+
+def train(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
+    """The data set to an adapter; goes on where it was interrupted."""
+    return _act("train", spec, runs, settings, dry)
+
+
+def prove(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
+    """Every arm on the sealed test set, the verdict and its report."""
+    return _act("prove", spec, runs, settings, dry)
+
+
+def ship(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
+    """The release: adapter, model card and certificate."""
+    return _act("ship", spec, runs, settings, dry)
+
+
+def run(
+    spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False
+) -> list[Outcome]:
+    """Every act that is out of date, in order. Stops before `ship` where the verdict is not `ship`."""
+    from metier import acts, config
+    from metier.runs import open_run
+
+    loaded = config.load(spec, settings)
+    with open_run(Path(runs), loaded.spec.name) as opened:
+        return acts.plan(loaded, opened) if dry else acts.perform_all(loaded, opened)
+
+
+def ask(run: str | Path, text: str) -> dict[str, Any]:
+    """The answers of base and specialist to one text, side by side."""
+    from metier.ask import ask as front
+
+    return front(Path(run), text)
+
+
+def new(recipe: str, folder: str | Path) -> Path:
+    """Copies a recipe into a new folder, to be changed there."""
+    from metier.recipes import copy
+
+    return copy(recipe, Path(folder))
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine can do."""
+    from metier.doctor import examine
+
+    return examine()
+
+
+def _act(act: str, spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bool) -> Outcome:
+    from metier import acts, config
+    from metier.runs import open_run
+
+    loaded = config.load(spec, settings)
+    with open_run(Path(runs), loaded.spec.name) as opened:
+        return acts.perform(act, loaded, opened, dry=dry)

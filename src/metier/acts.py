@@ -1,0 +1,219 @@
+"""The acts, in order: what goes into each, whether it is out of date, and doing it.
+
+Deciding needs no torch and no network, so that a finished run answers at once. An act's fingerprint covers the settings
+it reads and the hash of everything it reads; nothing else makes it run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metier import config, runs
+from metier.config import Loaded
+from metier.errors import PolicyError
+from metier.runs import ACTS, Run
+
+DONE, FRESH, PLANNED = "done", "up to date", "would be done"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an act came to: `status`, wall seconds, main figures, and why it was (or would be) done."""
+
+    act: str
+    run: Path
+    status: str
+    seconds: float = 0.0
+    why: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The outcome as `--json` prints it."""
+        head = {"act": self.act, "run": str(self.run), "status": self.status, "seconds": round(self.seconds, 2)}
+        return head | {"outputs": list(self.outputs), "why": self.why} | self.figures
+
+
+def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome:
+    """Does one act if it is out of date; `dry` only says whether it is, and why."""
+    settings, inputs = _settings(act, loaded), _inputs(act, loaded, run)
+    fingerprint = runs.digest({"act": act, "settings": settings, "inputs": inputs})
+    if run.up_to_date(act, fingerprint):
+        return Outcome(act, run.folder, FRESH, figures=_known(act, run), outputs=_outputs(act, run))
+    why = _reason(act, run, settings, inputs)
+    if dry:
+        return Outcome(act, run.folder, PLANNED, why=why, figures=_forecast(act, loaded, run))
+    start = time.monotonic()
+    work = run.work(act, fingerprint)
+    figures = _FRONT[act](loaded, run, work)
+    seconds = time.monotonic() - start
+    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json",))
+    runs.write(run.folder / "specialist.yaml", config.dump(loaded.spec))
+    return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
+
+
+def plan(loaded: Loaded, run: Run) -> list[Outcome]:
+    """For each act in order, whether it is up to date; once one is not, neither is what follows."""
+    outcomes: list[Outcome] = []
+    for act in ACTS:
+        if any(o.status == PLANNED for o in outcomes):
+            outcomes.append(Outcome(act, run.folder, PLANNED, why=f"follows {outcomes[-1].act}"))
+        else:
+            outcomes.append(perform(act, loaded, run, dry=True))
+    return outcomes
+
+
+def _settings(act: str, loaded: Loaded) -> dict[str, Any]:
+    """The settings an act reads; a change in any other leaves it up to date."""
+    whole = config.tree(loaded.spec)
+    numerics = {k: whole["machine"][k] for k in ("device", "dtype", "threads", "tokens")}
+    return {
+        "build": {k: whole[k] for k in ("name", "base", "seed", "task", "data")}
+        | {"max_length": whole["train"][0]["max_length"]},
+        "train": {k: whole[k] for k in ("base", "base_sha256", "seed", "train")} | numerics,
+        "prove": {k: whole[k] for k in ("base", "base_sha256", "seed", "prove", "machine")},
+        "ship": {k: whole[k] for k in ("name", "base", "base_sha256", "ship")}
+        | {"attribution": whole["data"]["attribution"]},
+    }[act]
+
+
+def _inputs(act: str, loaded: Loaded, run: Run) -> dict[str, str]:
+    """The sha256 of everything an act reads, by name."""
+    from metier.data import build
+    from metier.models import load
+
+    if act == "build":
+        base = load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
+        return build.inputs(loaded) | {"base": base}
+    base = load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
+    reads = {
+        "train": {"build": ("train.jsonl", "valid.jsonl")},
+        "prove": {
+            "build": ("test.jsonl", "train.jsonl", "task.json"),
+            "train": ("adapter/adapter_model.safetensors", "registered.json"),
+        },
+        "ship": {"train": ("adapter/adapter_model.safetensors",), "prove": ("verdict.json",), "build": ("task.json",)},
+    }[act]
+    found = {"base": base}
+    for earlier, names in reads.items():
+        folder = run.require(earlier)
+        found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in names}
+    return found
+
+
+def _reason(act: str, run: Run, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Why an act is out of date, in words."""
+    before = run.manifest(act)
+    if before is None:
+        return "not done yet"
+    changed = [k for k in settings if before["settings"].get(k) != settings[k]]
+    changed += [k for k in inputs if before["inputs"].get(k) != inputs[k]]
+    return f"changed: {', '.join(changed)}" if changed else run.damaged(act)
+
+
+def _build(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
+    from metier.data import build
+    from metier.models import load
+    from metier.text.chat import Renderer
+
+    base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
+    return build.build(loaded, work, Renderer(base.folder))
+
+
+def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
+    from metier import machine
+
+    machine.import_torch()
+    from metier.train import recipes
+
+    return recipes.train(loaded, run, work)
+
+
+def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
+    from metier import machine
+
+    machine.import_torch()
+    from metier.evaluate import run as evaluation
+    from metier.release import gate, report
+
+    evaluation.measure(loaded, run, work)
+    verdict = gate.judge(loaded, run, work, evaluation.rates(loaded))
+    runs.write_json(work / "verdict.json", verdict)
+    runs.write(work / "report.html", report.report(run.folder, work))
+    return _verdict_figures(verdict)
+
+
+def _ship(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
+    from metier.release import ship
+
+    verdict = runs.read_json(run.require("prove") / "verdict.json")["verdict"]
+    if verdict != "ship" and not loaded.spec.ship.unproved:
+        raise PolicyError(
+            f"the verdict is {verdict}, so nothing is released",
+            where=str(run.act("prove") / "report.html"),
+            fix="read the report; to release all the same, and say so on the card: --set ship.unproved=true",
+        )
+    return ship.ship(loaded, run, work)
+
+
+_FRONT: dict[str, Callable[[Loaded, Run, Path], dict[str, Any]]] = {
+    "build": _build,
+    "train": _train,
+    "prove": _prove,
+    "ship": _ship,
+}
+
+
+def _known(act: str, run: Run) -> dict[str, Any]:
+    """The main figures of an act that was done before."""
+    folder = run.act(act)
+    if act == "build":
+        card = runs.read_json(folder / "dataset.json")
+        return {"counts": card["counts"], "splits": card["splits"]}
+    if act == "train":
+        made = runs.read_json(folder / "plan.json")
+        return {k: made[k] for k in ("tokens_per_second", "memory_gb")}
+    if act == "prove":
+        return _verdict_figures(runs.read_json(folder / "verdict.json"))
+    return {"pass": runs.read_json(folder / "certificate.json")["pass"]}
+
+
+def _verdict_figures(verdict: dict[str, Any]) -> dict[str, Any]:
+    return {"verdict": verdict["verdict"], "claims": verdict["claims"], "arms": verdict["arms"]}
+
+
+def _forecast(act: str, loaded: Loaded, run: Run) -> dict[str, Any]:
+    """What an act would cost, where its inputs are known already."""
+    if act != "train" or run.manifest("build") is None:
+        return {}
+    card = runs.read_json(run.act("build") / "dataset.json")["splits"]["train"]
+    tokens = card["tokens"] * loaded.spec.train[0].epochs
+    before = run.manifest("train")
+    measured = runs.read_json(run.act("train") / "plan.json")["tokens_per_second"]["measured"] if before else None
+    known = {"seconds_expected": round(tokens / measured)} if measured else {}
+    return {"rows": card["rows"], "tokens": round(tokens)} | known
+
+
+def _outputs(act: str, run: Run) -> tuple[str, ...]:
+    main = {
+        "build": ("train.jsonl", "valid.jsonl", "test.jsonl", "card.md"),
+        "train": ("adapter", "metrics.jsonl", "plan.json"),
+        "prove": ("report.html", "verdict.json"),
+        "ship": ("adapter", "README.md", "certificate.json"),
+    }
+    return tuple(str(run.act(act) / name) for name in main[act])
+
+
+def perform_all(loaded: Loaded, run: Run) -> list[Outcome]:
+    """Every act that is out of date, in order; nothing is shipped on a verdict that is not `ship`."""
+    outcomes = []
+    for act in ACTS:
+        outcomes.append(perform(act, loaded, run))
+        verdict = outcomes[-1].figures.get("verdict", "ship")
+        if verdict != "ship" and not loaded.spec.ship.unproved:
+            break
+    return outcomes

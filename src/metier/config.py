@@ -1,0 +1,408 @@
+"""Every setting, declared once.
+
+`load` reads a `specialist.yaml` into a frozen `Spec`. The text of each field is its documentation: `docs/settings.md`
+and the JSON Schema for editors are generated from here. An unknown key is refused with the nearest name, and every
+setting is read by some act.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from metier.errors import ConfigError, nearest
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 24
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not yes or no")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Task(Settings):
+    """What the specialist does."""
+
+    instruction: str = Field(min_length=1, description="What the model is told before each input, in every arm.")
+    schema_file: str | None = Field(
+        None, alias="schema", description="JSON Schema of a valid answer; a file beside the specialist."
+    )
+    prompt: str | None = Field(
+        None,
+        description="The best prompt you can write: a text file beside the specialist, used by the arms `prompt` and "
+        "`few-shot`. Without it, the instruction with the schema and its allowed values is used.",
+    )
+    shots: Count = Field(3, ge=1, le=32, description="Nearest training examples shown by the arm `few-shot`.")
+
+
+class Package(Settings):
+    """Data that comes as a Python package; only its files are read, its code never runs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name in the package index.")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]*$", description="The exact version.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Hash of the wheel; anything else is refused.")
+    documents: tuple[str, ...] = Field(min_length=1, description="Patterns of the files inside the package.")
+
+
+class Sizes(Settings):
+    """Rows of each split."""
+
+    train: Count = Field(1000, ge=1, description="Most training rows.")
+    valid: Count = Field(150, ge=1, description="Validation rows.")
+    test: Count = Field(400, ge=1, description="Sealed test rows.")
+
+
+class Data(Settings):
+    """Where examples come from and how they are split."""
+
+    documents: tuple[str, ...] = Field((), description="Text files (patterns such as `notes/**/*.txt`) for the reader.")
+    package: Package | None = Field(None, description="A package whose files are the documents.")
+    reader: str | None = Field(
+        None,
+        description="A Python file beside the specialist with `examples(documents)`; it runs with your rights.",
+    )
+    examples: tuple[str, ...] = Field(
+        (), description="JSON Lines files of examples: messages, prompt/completion or instruction/output."
+    )
+    sizes: Sizes = Field(default_factory=Sizes, description="Rows of each split.")
+    near_duplicate: Number = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity from which two inputs belong to one group."
+    )
+    max_rejected: Number = Field(
+        1.0, ge=0, le=1, description="Share of input rows that may be rejected before the build stops."
+    )
+    attribution: str | None = Field(None, description="Credit that the data's licence asks for; printed on the cards.")
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Data:
+        if not (self.documents or self.package or self.examples):
+            raise ValueError("no source: give documents, package or examples")
+        if (self.documents or self.package) and not self.reader:
+            raise ValueError("documents need a reader that turns them into examples")
+        return self
+
+
+class Stage(Settings):
+    """One stage of training; each starts from the last."""
+
+    method: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning on the answers.")
+    rank: Count = Field(16, ge=1, le=4096, description="Rank of the LoRA update.")
+    alpha: Number = Field(32, gt=0, le=1e6, description="LoRA scale: the update counts alpha / rank.")
+    dropout: Literal[0] = Field(0, description="LoRA dropout; only 0 is supported, the fastest and most exact.")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Modules that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."
+    )
+    learning_rate: Number = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
+    epochs: Number = Field(2, gt=0, le=1000, description="Passes over the training rows.")
+    batch_size: Count = Field(16, ge=1, le=65536, description="Rows per optimizer step.")
+    warmup: Number = Field(0.03, ge=0, lt=1, description="Share of steps with a rising learning rate; then cosine.")
+    weight_decay: Number = Field(0, ge=0, le=1, description="AdamW weight decay of the adapter.")
+    clip: Number = Field(1.0, gt=0, le=1e6, description="Largest gradient norm.")
+    max_length: Count | None = Field(
+        None, ge=8, description="Most tokens of a row. Unset: the longest row; longer rows are an error, never cut."
+    )
+    validations: Count = Field(4, ge=0, le=1000, description="Validation passes spread over the stage.")
+    patience: Count = Field(
+        2, ge=0, le=1000, description="Validations without a better loss before stopping early; 0 never stops."
+    )
+    checkpoint_every: Count = Field(10, ge=1, le=100_000, description="Steps between checkpoints.")
+
+
+class Claim(Settings):
+    """One claim the proof must establish; exactly one of `beats` and `format`."""
+
+    beats: Literal["base", "prompt", "few-shot"] | None = Field(None, description="`tuned` beats this arm.")
+    format: Literal["valid"] | None = Field(None, description="`tuned` answers are valid against the schema.")
+    grader: str = Field("all", description="The grader a `beats` claim is about.")
+    margin: Number = Field(0.02, ge=0, lt=1, description="Smallest estimate a `beats` claim accepts.")
+    at_least: Number = Field(0.99, gt=0, le=1, description="Smallest share of valid answers a `format` claim accepts.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Claim:
+        if (self.beats is None) == (self.format is None):
+            raise ValueError("a claim has exactly one of: beats, format")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"beats: {self.beats}" if self.beats else f"format: {self.format}"
+
+
+ARMS = ("base", "prompt", "few-shot", "tuned")
+
+
+class Prove(Settings):
+    """What is claimed and how it is measured; hashed before training."""
+
+    arms: tuple[Literal["base", "prompt", "few-shot", "tuned"], ...] = Field(ARMS, description="Systems compared.")
+    claims: tuple[Claim, ...] = Field(
+        (Claim(beats="prompt"), Claim(beats="few-shot"), Claim(format="valid")),  # type: ignore[call-arg]
+        min_length=1,
+        description="What must hold for the verdict `ship`.",
+    )
+    confidence: Number = Field(0.95, gt=0.5, lt=1, description="Confidence of every interval.")
+    max_new_tokens: Count = Field(64, ge=1, le=32768, description="Most tokens of an answer.")
+    temperature: Number = Field(0, ge=0, le=10, description="0 is greedy.")
+    top_p: Number = Field(1, gt=0, le=1, description="Nucleus sampling, where the temperature is above 0.")
+
+    @model_validator(mode="after")
+    def _arms_are_there(self) -> Prove:
+        missing = {c.beats for c in self.claims if c.beats} - set(self.arms)
+        if missing or "tuned" not in self.arms:
+            raise ValueError(f"claims need the arms {sorted(missing | {'tuned'})}: add them to prove.arms")
+        return self
+
+
+class Ship(Settings):
+    """What is released."""
+
+    formats: tuple[Literal["adapter"], ...] = Field(("adapter",), description="`adapter`: PEFT layout.")
+    unproved: bool = Field(False, description="Release although the verdict is not `ship`; the card says so.")
+    license: str = Field("apache-2.0", min_length=1, description="Licence named on the model card.")
+
+
+class Machine(Settings):
+    """How this machine is used; none of these changes what is learnt beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where tensors live.")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto` measures which is faster here.")
+    threads: Count = Field(0, ge=0, le=1024, description="CPU threads; 0 uses every core this process may use.")
+    tokens: Count = Field(
+        0, ge=0, le=1 << 20, description="Tokens computed at once in training; 0 lets the plan decide."
+    )
+    dollars_per_hour: Number = Field(0.10, ge=0, le=10_000, description="Price of this machine, for the cost figures.")
+
+
+class Spec(Settings):
+    """One specialist: what it does, what it learns from, what must be proved."""
+
+    name: str = Field(pattern=NAME, description="Name of the run folder: a-z, 0-9, dot, dash, underscore.")
+    base: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="`smollm2-135m` (embedded), a hub id, a local folder, or a .gguf file.",
+    )
+    base_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Expected hash of the base's weights; another hash is refused."
+    )
+    seed: Count = Field(0, ge=0, lt=2**63, description="Seed of sampling, initialisation and order.")
+    task: Task
+    data: Data
+    train: tuple[Stage, ...] = Field((Stage(),), min_length=1, max_length=1, description="Stages of training.")  # type: ignore[call-arg]
+    prove: Prove = Field(default_factory=Prove, description="The proof.")
+    ship: Ship = Field(default_factory=Ship, description="The release.")
+    machine: Machine = Field(default_factory=Machine, description="How this machine is used.")
+
+
+class Loaded(BaseModel):
+    """A `Spec` and the folder its relative paths start from."""
+
+    model_config = ConfigDict(frozen=True)
+    spec: Spec
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        """A file the specialist names, which must lie in its own folder or be given as an absolute path."""
+        return (self.folder / name).resolve()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """The specialist of a YAML file, or of a folder that holds `specialist.yaml`, with `key=value` overrides."""
+    file = Path(path)
+    file = file / "specialist.yaml" if file.is_dir() else file
+    tree = parse(_read(file), str(file))
+    for override in overrides:
+        _override(tree, override)
+    return Loaded(spec=validate(tree, str(file)), folder=file.parent.resolve())
+
+
+def validate(tree: dict[str, Any], where: str) -> Spec:
+    try:
+        return Spec.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def dump(spec: Spec) -> str:
+    """The settings as executed, every default written out, as YAML."""
+    return yaml.safe_dump(tree(spec), sort_keys=False, allow_unicode=True, width=100)
+
+
+def tree(settings: BaseModel) -> dict[str, Any]:
+    """Settings as plain JSON values under their YAML names."""
+    return settings.model_dump(mode="json", by_alias=True)
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """YAML as a dict: no tags, aliases, duplicate keys or scalars that YAML 1.1 would silently turn into others."""
+    try:
+        events = list(_guarded(text, where))
+        loaded = yaml.load(text, Loader=_Loader) if events else None  # noqa: S506 (a SafeLoader with less)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise ConfigError(f"not YAML: {problem}", where=place, fix="check the indentation and quotes there") from error
+    if loaded is None:
+        raise ConfigError("the settings are empty", where=where, fix="start from a recipe: metier new licence-clerk DIR")
+    if not isinstance(loaded, dict):
+        raise ConfigError("the settings are not a mapping", where=where, fix="write `name: ...` and so on, a key a line")
+    return loaded
+
+
+def _read(file: Path) -> str:
+    try:
+        if not file.exists():
+            raise ConfigError(
+                f"no settings at {file}", where=str(file), fix="give a specialist.yaml, or the folder that holds one"
+            )
+        if not file.is_file():
+            raise ConfigError("not a regular file", where=str(file), fix="give a specialist.yaml")
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"settings over {MAX_BYTES:,} bytes", where=str(file), fix="data belongs in data files")
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"byte {error.start} is not UTF-8", where=str(file), fix="save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(file), fix="check its permissions") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core scalars: 1e-4 is a number, `no` and 12:30 are texts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands twice, in lines {seen[key.value]} and {line}", key.start_mark
+                )
+            seen[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+    ("float", r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda loader, node: _yaml_float(loader.construct_scalar(node)),
+)
+
+
+def _yaml_float(text: str) -> float:
+    bare = text.replace("_", "").lower()
+    return {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}.get(bare) or float(
+        bare.replace(".nan", "nan")
+    )
+
+
+def _guarded(text: str, where: str) -> Iterator[object]:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        place = f"{where}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError("YAML anchors and aliases are not used here", where=place, fix="write the value out")
+        if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag not in (None, "!"):
+            raise ConfigError(f"the tag {event.tag} is refused", where=place, fix="write plain values")
+        plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+        if plain and re.fullmatch(r"[-+]?0[0-9]+", event.value):  # type: ignore[union-attr]
+            raise ConfigError(
+                f"{event.value} may mean two numbers",  # type: ignore[union-attr]
+                where=place,
+                fix="drop the leading zero, or quote it",
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"nested deeper than {MAX_DEPTH} levels", where=place, fix="flatten the settings")
+        yield event
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Applies `train.0.rank=8` or `train.rank=8` (the only stage) to the tree."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {text!r} is not key=value", where="--set", fix="for example --set train.rank=8")
+    at: Any = tree
+    *path, last = key.split(".")
+    for name in path:
+        at = _step(at, name, key)
+    if isinstance(at, list):
+        at = _step(at, last, key) if last.isdigit() and isinstance(_step(at, last, key), dict) else _only(at, key)
+    at[last] = parse(f"value: {value}", f"--set {key}")["value"]
+
+
+def _step(at: Any, name: str, key: str) -> Any:
+    if isinstance(at, list):
+        if name.isdigit() and int(name) < len(at):
+            return at[int(name)]
+        return _step(_only(at, key), name, key)
+    if not isinstance(at, dict):
+        raise ConfigError(f"{key} has no place in the settings", where="--set", fix="see docs/settings.md")
+    if name == "train" and name not in at:
+        return at.setdefault(name, [{}])
+    return at.setdefault(name, {})
+
+
+def _only(items: list[Any], key: str) -> Any:
+    if len(items) != 1:
+        raise ConfigError(f"{key} could mean {len(items)} entries", where="--set", fix="number it: train.0.rank=8")
+    return items[0]
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """The first problem as one sentence, with the nearest known name or the allowed range."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = problems[0]
+    place = ".".join(str(p) for p in first["loc"] if p not in ("function-after",))
+    if first["type"] == "extra_forbidden":
+        owner = _owner(first["loc"])
+        known = {f.alias or n for n, f in owner.model_fields.items()}
+        name = str(first["loc"][-1])
+        return ConfigError(f"{place} is not a setting", where=where, fix=nearest(name, known))
+    if first["type"] == "missing":
+        return ConfigError(f"{place} is missing", where=where, fix=f"add `{first['loc'][-1]}:`; see docs/settings.md")
+    shown = "" if isinstance(first["input"], dict) else f" (it is {str(first['input'])[:60]!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{place or 'settings'}: {message}{shown}", where=where, fix="see docs/settings.md for its range")
+
+
+def _owner(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The settings class in which the last name of an error's location was looked up."""
+    owner: type[BaseModel] = Spec
+    for name in location[:-1]:
+        for field_name, field in owner.model_fields.items():
+            if name in (field_name, field.alias):
+                owner = _settings_in(field.annotation) or owner
+    return owner
+
+
+def _settings_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_settings_in(a) for a in getattr(annotation, "__args__", ()))
+    return next((i for i in inner if i), None)

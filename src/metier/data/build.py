@@ -1,0 +1,462 @@
+"""Documents and rows become the data set folder: `build` runs the stages from top to bottom.
+
+Read, answer check, exact duplicates, rendering, groups, split, leak check, write. Each input row is one line of the
+ledger, and `in = used + duplicate + rejected` holds by assertion. The bytes written depend on the inputs, the settings
+and the seed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from metier import config, progress, records, runs
+from metier.data import check, dedupe, importers, ingest
+from metier.data.ingest import Found, Rejected
+from metier.data.split import NAMES, split
+from metier.errors import DataError
+from metier.records import Document, Example, Message
+
+FILES = ("train.jsonl", "valid.jsonl", "test.jsonl", "ledger.jsonl", "task.json", "card.md", "dataset.json")
+
+
+class Rendered(Protocol):
+    """Token ids (T,) of a conversation and which of them are supervised (T,)."""
+
+    @property
+    def ids(self) -> Any: ...
+    @property
+    def supervised(self) -> Any: ...
+
+
+class Renderer(Protocol):
+    def render(self, messages: tuple[Message, ...], /) -> Rendered: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """The task as later acts read it, with its files resolved."""
+
+    instruction: str
+    schema: dict[str, Any] | None
+    prompt: str | None
+    shots: int
+
+
+@dataclass
+class Rows:
+    """Every input row in input order: an example while it is in, and what became of it once it is out."""
+
+    examples: dict[int, Example] = field(default_factory=dict)
+    where: list[str] = field(default_factory=list)
+    out: dict[int, tuple[str, str]] = field(default_factory=dict)
+    together: dict[int, str] = field(default_factory=dict)
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, where: str, row: Example | Rejected, together: str = "") -> None:
+        index = len(self.where)
+        self.where.append(where)
+        if isinstance(row, Rejected):
+            self.out[index] = ("rejected", row.reason)
+        else:
+            self.examples[index] = row
+            self.together[index] = together
+
+    def leave_out(self, index: int, fate: str, reason: str) -> None:
+        del self.examples[index]
+        self.out[index] = (fate, reason)
+
+    def rejected(self) -> list[Rejected]:
+        return [Rejected(self.where[i], reason) for i, (fate, reason) in sorted(self.out.items()) if fate == "rejected"]
+
+    def ledger(self) -> list[dict[str, str]]:
+        return [self._line(i, where) for i, where in enumerate(self.where)]
+
+    def _line(self, index: int, where: str) -> dict[str, str]:
+        if index in self.examples:
+            return {"where": where, "fate": "used", "id": self.examples[index].id}
+        fate, reason = self.out[index]
+        return {"where": where, "fate": fate, "reason": reason}
+
+
+def build(loaded: config.Loaded, work: Path, renderer: Renderer) -> dict[str, Any]:
+    """Writes the data set into the folder `work` and returns its counts, splits and findings.
+
+    `renderer` is what training will use: it counts tokens, and a row in which it finds nothing to learn is refused.
+    """
+    before = inputs(loaded)
+    _clear(work)
+    spec = loaded.spec
+    task = _task(loaded)
+    rows = Rows()
+    documents = _read_documents(loaded, task, rows)
+    _read_examples(loaded, task, rows)
+    _leave_out(rows, dedupe.exact(list(rows.examples.values())))
+    lengths = _render(rows, renderer, spec.train[0].max_length)
+    _hold_share(rows, spec.data.max_rejected)
+    groups = _group(rows, spec.data.near_duplicate, spec.seed)
+    splits, left = split(list(rows.examples.values()), spec.data.sizes, spec.seed)
+    _leave_out(rows, {n: ("rejected", left[e.id]) for n, e in enumerate(rows.examples.values()) if e.id in left})
+    check.leaks(splits)
+    if inputs(loaded) != before:
+        raise DataError(
+            "an input changed while it was read", where=str(loaded.folder), fix="run the same command again"
+        )
+    dataset = {**_dataset(spec, rows, splits, lengths), "groups": groups, **documents}
+    _write(work, spec, task, splits, rows.ledger(), dataset)
+    return {name: dataset[name] for name in ("counts", "splits", "findings", "seal")}
+
+
+def inputs(loaded: config.Loaded) -> dict[str, str]:
+    """name -> sha256 of everything the data set is made from. A package is named by its pinned hash, and not opened."""
+    data, task = loaded.spec.data, loaded.spec.task
+    out = {name: runs.sha256(path) for name, path in ingest.paths(loaded, data.documents)}
+    if data.package:
+        out[f"{data.package.name}=={data.package.version}"] = data.package.sha256
+    for name, path in ingest.paths(loaded, data.examples):
+        if path.stat().st_size == 0:
+            raise DataError("the file is empty", where=str(path), fix="write one JSON object a line")
+        out[name] = runs.sha256(path)
+    for what, named in (("reader", data.reader), ("schema", task.schema_file), ("prompt", task.prompt)):
+        if named:
+            out[named] = runs.sha256(ingest.beside(loaded, named, what))
+    return out
+
+
+def _clear(work: Path) -> None:
+    """Removes what an earlier, interrupted build left."""
+    for path in work.iterdir():
+        if path.name in FILES or path.name.endswith(".tmp"):
+            path.unlink()
+
+
+def _task(loaded: config.Loaded) -> Task:
+    task = loaded.spec.task
+    schema = prompt = None
+    if task.schema_file:
+        path = ingest.beside(loaded, task.schema_file, "schema")
+        schema = check.schema(ingest.text(path, "schema"), str(path))
+    if task.prompt:
+        prompt = ingest.text(ingest.beside(loaded, task.prompt, "prompt"), "prompt")
+    return Task(task.instruction, schema, prompt, task.shots)
+
+
+def _read_documents(loaded: config.Loaded, task: Task, rows: Rows) -> dict[str, int]:
+    """Adds what the reader finds in the documents; returns how many documents there were and how many gave no row."""
+    if not loaded.spec.data.reader:
+        return {}
+    refused: list[Rejected] = []
+    known: set[str] = set()
+
+    def fit() -> Any:
+        for document in ingest.documents(loaded):
+            if isinstance(document, Document):
+                known.add(document.where)
+                yield document
+            else:
+                refused.append(document)
+
+    reader = ingest.beside(loaded, loaded.spec.data.reader, "reader")
+    readings = ingest.readings(reader, fit())
+    sources = [ingest.document_of(r.where, known) for r in readings]
+    answers = check.Answers(task.schema)
+    for reading in refused:
+        rows.add(reading.where, reading)
+    for reading, document in zip(readings, sources, strict=True):
+        if isinstance(reading, Rejected):
+            rows.add(reading.where, reading)
+        else:
+            together = f"group {reading.group}" if reading.group else f"document {document}"
+            rows.add(reading.where, _found(reading, task, answers), together)
+    without = len(known - set(sources))
+    progress.note(f"read {len(known) + len(refused):,} documents: {len(rows.examples):,} examples")
+    return {"documents": len(known) + len(refused), "documents_without_rows": without}
+
+
+def _read_examples(loaded: config.Loaded, task: Task, rows: Rows) -> None:
+    answers = check.Answers(task.schema)
+    for name, path in ingest.paths(loaded, loaded.spec.data.examples):
+        for row in importers.examples(path, name):
+            if isinstance(row, Rejected):
+                rows.add(row.where, row)
+            else:
+                rows.unused.update(row.unused)
+                rows.add(row.where, _imported(row, name, task, answers), f"group {row.group}" if row.group else "")
+
+
+def _found(found: Found, task: Task, answers: check.Answers) -> Example | Rejected:
+    if not found.input.strip():
+        return Rejected(found.where, "empty_input: a question without text")
+    try:
+        value = found.answer if isinstance(found.answer, str) else answers.ordered(found.answer)
+        text = value if isinstance(value, str) else _compact(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"the reader gave an answer that is not JSON: {error}",
+            where=found.where,
+            fix="give texts, finite numbers, lists and dicts with text keys",
+        ) from error
+    messages = (Message("system", task.instruction), Message("user", found.input), Message("assistant", text))
+    expected = text if isinstance(value, str) else json.loads(text)
+    return _example(found.where, messages, {"document": found.where}, expected, answers)
+
+
+def _imported(row: importers.Row, name: str, task: Task, answers: check.Answers) -> Example | Rejected:
+    system = () if row.messages[0].role == "system" else (Message("system", task.instruction),)
+    source = {"document": name, "row": int(row.where.rpartition(":")[2])}
+    return _example(row.where, (*system, *row.messages), source, row.messages[-1].content, answers)
+
+
+def _example(
+    where: str, messages: tuple[Message, ...], source: dict[str, Any], expected: Any, answers: check.Answers
+) -> Example | Rejected:
+    """The row as an example, or why it is none. A text that is a JSON object counts as that object."""
+    text = messages[-1].content
+    if not text.strip():
+        return Rejected(where, "empty_target: an answer without text")
+    if isinstance(expected, str) and (answers.schema is not None or text.lstrip().startswith("{")):
+        value = _parsed(text, where)
+        if isinstance(value, Rejected) and answers.schema is not None:
+            return value
+        expected = text if isinstance(value, Rejected) else value
+    if wrong := answers.wrong(expected):
+        return Rejected(where, f"answer fails the schema: {wrong}")
+    content = "\0".join((where, *(f"{m.role}\0{m.content}" for m in messages)))
+    name = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return _readable(where, Example(name, messages, source, name, expected))
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The answer's JSON value, or its rejection."""
+    try:
+        return records.loads(text.encode("utf-8"), where)
+    except DataError as error:
+        return Rejected(where, f"answer fails the schema: not JSON ({importers.refusal(error)})")
+
+
+def _readable(where: str, example: Example) -> Example | Rejected:
+    """The example, unless the line it would be could not be read back."""
+    try:
+        records.loads(records.lines([example]), where)
+    except DataError as error:
+        return Rejected(where, importers.refusal(error))
+    except UnicodeEncodeError:
+        return Rejected(where, "lone_surrogate: a text holds a lone surrogate")
+    return example
+
+
+def _compact(value: Any) -> str:
+    _hold_keys(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _hold_keys(value: Any) -> None:
+    """Refuses keys that JSON would silently turn into texts."""
+    if isinstance(value, dict):
+        if not all(isinstance(k, str) for k in value):
+            raise TypeError("a key is not a text")
+        for inner in value.values():
+            _hold_keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _hold_keys(inner)
+
+
+def _leave_out(rows: Rows, fates: Mapping[int, tuple[str, str]]) -> None:
+    """Takes rows out by their place among those still in."""
+    indices = list(rows.examples)
+    for place, (fate, reason) in fates.items():
+        rows.leave_out(indices[place], fate, reason)
+
+
+def _render(rows: Rows, renderer: Renderer, max_length: int | None) -> dict[str, tuple[int, int]]:
+    """(tokens, supervised tokens) of each row by id; rows with nothing to learn, or over the limit, are left out."""
+    lengths = {}
+    for index, example in list(rows.examples.items()):
+        rendered = renderer.render(example.messages)
+        tokens, supervised = len(rendered.ids), int(rendered.supervised.sum())
+        lengths[example.id] = (tokens, supervised)
+        if not supervised:
+            rows.leave_out(index, "rejected", f"empty_target: none of its {tokens:,} tokens is supervised")
+        elif max_length and tokens > max_length:
+            rows.leave_out(index, "rejected", f"too_long: {tokens:,} tokens, over max_length {max_length:,}")
+    return lengths
+
+
+def _hold_share(rows: Rows, most: float) -> None:
+    """Refuses a build in which more rows were rejected than the settings accept, or all."""
+    rejected = rows.rejected()
+    if not rows.where:
+        raise DataError("no row was found", where="data", fix="check that the reader yields Found for its documents")
+    if rows.examples and len(rejected) <= most * len(rows.where):
+        return
+    share = f"{len(rejected):,} of {len(rows.where):,} rows were rejected"
+    limit = f", more than data.max_rejected={most:g} accepts" if rows.examples else ""
+    raise DataError(f"{share}{limit}: {importers.summary(rejected)}", where="data", fix="mend the rows named here")
+
+
+def _group(rows: Rows, threshold: float, seed: int) -> dict[str, Any]:
+    """Gives each row its group: near duplicates of its question, and what the sources say belongs together."""
+    examples = rows.examples
+    shared = Counter(rows.together[i] for i in examples)
+    together = [name if shared[name := rows.together[i]] > 1 else "" for i in examples]
+    groups = dedupe.groups([_question(e) for e in examples.values()], threshold, seed, together)
+    names: dict[int, str] = {}
+    for group, example in zip(groups, examples.values(), strict=True):
+        names[group] = min(names.get(group, example.id), example.id)
+    for index, group in zip(list(examples), groups, strict=True):
+        examples[index] = dataclasses.replace(examples[index], group=names[group])
+    sizes = sorted(Counter(groups).values(), reverse=True)
+    return {"rows": len(groups), "groups": len(sizes), "alone": sizes.count(1), "largest": sizes[:8]}
+
+
+def _question(example: Example) -> str:
+    return "\n".join(m.content for m in example.prompt if m.role != "system")
+
+
+def _dataset(
+    spec: config.Spec,
+    rows: Rows,
+    splits: Mapping[str, Sequence[Example]],
+    lengths: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """dataset.json, but for what is known only once the other files are written."""
+    reasons = Counter(importers.code(reason) for _, reason in rows.out.values())
+    fates = Counter(fate for fate, _ in rows.out.values())
+    counts = {"in": len(rows.where), "used": len(rows.examples)}
+    counts |= {fate: fates[fate] for fate in ("duplicate", "rejected")}
+    assert counts["in"] == counts["used"] + counts["duplicate"] + counts["rejected"], counts
+    assert counts["used"] == sum(len(examples) for examples in splits.values()), counts
+    return {
+        "counts": counts,
+        "splits": {name: _figures(splits[name], lengths) for name in NAMES},
+        "hashes": {},
+        "seal": "",
+        "opened": 0,
+        "reasons": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "findings": check.findings(splits, spec.data.sizes, reasons, rows.unused),
+        "labels": check.labels(splits),
+        "near_duplicate": spec.data.near_duplicate,
+        "seed": spec.seed,
+    }
+
+
+def _figures(examples: Sequence[Example], lengths: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    tokens = [lengths[e.id][0] for e in examples]
+    return {
+        "rows": len(examples),
+        "groups": len({e.group for e in examples}),
+        "tokens": sum(tokens),
+        "supervised_tokens": sum(lengths[e.id][1] for e in examples),
+        "lengths": check.quantiles(tokens),
+    }
+
+
+def _write(
+    work: Path,
+    spec: config.Spec,
+    task: Task,
+    splits: Mapping[str, Sequence[Example]],
+    ledger: Sequence[dict[str, str]],
+    dataset: dict[str, Any],
+) -> None:
+    """Writes the folder, dataset.json last, with the hashes of the others."""
+    for name in NAMES:
+        runs.write(work / f"{name}.jsonl", records.lines(splits[name]))
+    runs.write(work / "ledger.jsonl", records.lines(ledger))
+    runs.write_json(work / "task.json", dataclasses.asdict(task))
+    dataset["seal"] = runs.sha256(work / "test.jsonl")
+    runs.write(work / "card.md", card(spec, dataset))
+    dataset["hashes"] = {name: runs.sha256(work / name) for name in FILES if name != "dataset.json"}
+    runs.write_json(work / "dataset.json", dataset)
+
+
+def card(spec: config.Spec, dataset: Mapping[str, Any]) -> str:
+    """The data card: what the data is, whose it is, how it was made and what it cannot tell."""
+    parts = [
+        f"# Data of {spec.name}",
+        f"Task: {spec.task.instruction.strip()}",
+        f"## Source\n\n{_sources(spec.data, dataset)}",
+        f"## Rows\n\n{_rows_table(dataset)}",
+        f"## Splits\n\n{_splits_table(dataset)}",
+        f"## How the splits were made\n\n{_method(dataset)}",
+    ]
+    parts += [f"## {field} in train, valid and test\n\n{_labels_table(v)}" for field, v in dataset["labels"].items()]
+    if dataset["findings"]:
+        parts.append("## Findings\n\n" + "\n".join(f"- {f['what']}. Fix: {f['fix']}." for f in dataset["findings"]))
+    return "\n\n".join([*parts, f"## Limits\n\n{LIMITS}"]) + "\n"
+
+
+LIMITS = """\
+- Not checked: whether the labels are true, personal data, secrets, toxic language, the language of a text.
+- Near duplicates are found by their words. A paraphrase in other words may stand in train and in test.
+- The test rows are a sample of this source. They say nothing about inputs from elsewhere."""
+
+
+def _sources(data: config.Data, dataset: Mapping[str, Any]) -> str:
+    lines = []
+    if data.package:
+        lines.append(f"- package {data.package.name} {data.package.version}, sha256 {data.package.sha256}")
+        lines += [f"  - its files `{pattern}`" for pattern in data.package.documents]
+    lines += [f"- documents `{pattern}`" for pattern in data.documents]
+    if "documents" in dataset:
+        lines.append(
+            f"- read by `{data.reader}`: {dataset['documents']:,} documents, of which"
+            f" {dataset['documents_without_rows']:,} gave no row of their own"
+        )
+    lines += [f"- examples `{pattern}`" for pattern in data.examples]
+    credit = "\n".join(f"> {line}".rstrip() for line in (data.attribution or "").strip().splitlines())
+    return "\n".join(lines) + (f"\n\nCredit:\n\n{credit}" if credit else "")
+
+
+def _rows_table(dataset: Mapping[str, Any]) -> str:
+    counts = dataset["counts"]
+    lines = [
+        f"{counts['in']:,} rows in = {counts['used']:,} used + {counts['duplicate']:,} duplicate"
+        f" + {counts['rejected']:,} rejected. Each has its line in `ledger.jsonl`.",
+        "",
+        *_table(["not used because", "rows"], [[reason, f"{n:,}"] for reason, n in dataset["reasons"].items()]),
+    ]
+    return "\n".join(lines if dataset["reasons"] else lines[:1])
+
+
+def _splits_table(dataset: Mapping[str, Any]) -> str:
+    columns = ("rows", "groups", "tokens", "supervised_tokens")
+    rows = [
+        [name, *(f"{split[c]:,}" for c in columns), " / ".join(f"{n:,}" for n in split["lengths"].values())]
+        for name, split in dataset["splits"].items()
+    ]
+    table = _table(["split", *columns, "tokens of a row: median / 90 % / 99 % / most"], rows)
+    return "\n".join([*table, "", f"Seal of the test set: sha256 {dataset['seal']}"])
+
+
+def _method(dataset: Mapping[str, Any]) -> str:
+    groups = dataset["groups"]
+    largest = ", ".join(f"{n:,}" for n in groups["largest"])
+    return (
+        "Rows with the same question and the same answer were kept once; where the same question had several answers,"
+        " the most frequent was kept. Questions whose words and three-word runs have a Jaccard similarity of at least"
+        f" {dataset['near_duplicate']:g} form a group, and so do rows of one document; case, white space and"
+        f" punctuation do not count. The {groups['rows']:,} different rows form {groups['groups']:,} groups"
+        f" ({groups['alone']:,} of one row; the largest: {largest}). A group is in one split only, chosen by a hash of"
+        f" the group and the seed {dataset['seed']}; valid and test take one row of a group."
+    )
+
+
+def _labels_table(values: Mapping[str, Mapping[str, int]]) -> str:
+    rows = [[f"`{value}`", *(f"{split.get(name, 0):,}" for name in NAMES)] for value, split in values.items()]
+    return "\n".join(_table(["value", *NAMES], rows))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(_cells(r))} |" for r in rows)]
+
+
+def _cells(row: Sequence[str]) -> list[str]:
+    return [" ".join(cell.replace("|", "\\|").split())[:120] for cell in row]

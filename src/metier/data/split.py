@@ -1,0 +1,69 @@
+"""Which rows train, validate and test: whole groups, in an order that only the seed and the groups decide."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from metier.config import Sizes
+from metier.errors import DataError
+from metier.records import Example
+
+NAMES = ("train", "valid", "test")
+
+
+def split(examples: Sequence[Example], sizes: Sizes, seed: int) -> tuple[dict[str, list[Example]], dict[str, str]]:
+    """The rows of each split, and for each row left over (by id) the reason.
+
+    Groups are taken in the order of a keyed hash, first for test, then valid, then train. Test and valid take one row
+    of a group, so that their rows are independent; train takes a second row of a group only when every group has given
+    one. A group in one split is in no other. Train may come out smaller than asked, test and valid never do.
+    """
+    groups = _groups(examples, seed)
+    names = sorted(groups, key=lambda g: _key(seed, g))
+    _hold_enough(len(names), sizes)
+    test, valid = names[: sizes.test], names[sizes.test : sizes.test + sizes.valid]
+    rest = names[sizes.test + sizes.valid :]
+    rounds = max((len(groups[g]) for g in rest), default=0)
+    train = [groups[g][k] for k in range(rounds) for g in rest if k < len(groups[g])]
+    splits = {
+        "train": train[: sizes.train],
+        "valid": [groups[g][0] for g in valid],
+        "test": [groups[g][0] for g in test],
+    }
+    left = _left([e for g in test for e in groups[g][1:]], "not sampled: its group is in test, with one row")
+    left |= _left([e for g in valid for e in groups[g][1:]], "not sampled: its group is in valid, with one row")
+    left |= _left(train[sizes.train :], f"not sampled: train has its {sizes.train:,} rows")
+    return splits, left
+
+
+def _groups(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
+    groups: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda e: _key(seed, e.id)):
+        groups.setdefault(example.group, []).append(example)
+    return groups
+
+
+def _key(seed: int, name: str) -> tuple[bytes, str]:
+    return hashlib.sha256(f"split:{seed}:{name}".encode()).digest(), name
+
+
+def _hold_enough(groups: int, sizes: Sizes) -> None:
+    if groups > sizes.test + sizes.valid:
+        return
+    if groups < len(NAMES):
+        fix = f"give examples of at least {len(NAMES)} groups; rows of one document count as one group"
+    else:
+        whole = sizes.train + sizes.valid + sizes.test
+        valid, test = (max(1, groups * n // whole) for n in (sizes.valid, sizes.test))
+        fix = f"give more data, or set data.sizes.valid={valid} and data.sizes.test={test}"
+    raise DataError(
+        f"{groups:,} groups of different examples are too few for {sizes.valid:,} validation and {sizes.test:,} test rows"
+        " of different groups",
+        where="data.sizes",
+        fix=fix,
+    )
+
+
+def _left(examples: Iterable[Example], reason: str) -> dict[str, str]:
+    return {e.id: reason for e in examples}

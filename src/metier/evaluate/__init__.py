@@ -1,0 +1,1 @@
+"""Better than what, and how sure: the same cases, generator, renderer and graders for every arm."""

@@ -1,0 +1,48 @@
+"""Graders: pure functions from a case and a completion to a score. An exam and a reward are the same function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metier.evaluate import format
+from metier.records import Case, Completion, Score
+
+
+def grade(case: Case, completion: Completion, schema: dict[str, Any] | None) -> list[Score]:
+    """All graders that apply: form first, then content."""
+    if not isinstance(case.expected, dict):
+        scores = [_exact(case, completion)]
+    else:
+        scores = [format.parses(case, completion), *_fields(case, completion)]
+    if schema is not None:
+        scores.insert(1, format.valid(case, completion, schema))
+    return scores
+
+
+def _fields(case: Case, completion: Completion) -> list[Score]:
+    """One score per expected field, and `all`: every field right and none besides."""
+    value, _ = format.parsed(completion.text)
+    answer = value if isinstance(value, dict) else {}
+    scores = []
+    for name, expected in case.expected.items():
+        right = name in answer and same(answer[name], expected)
+        why = "" if right else f"{_shown(answer.get(name))} where {_shown(expected)} is right"
+        scores.append(Score(case.id, completion.arm, f"field:{name}", float(right), why))
+    whole = all(s.value for s in scores) and answer.keys() == case.expected.keys()
+    wrong = ", ".join(s.grader.removeprefix("field:") for s in scores if not s.value)
+    return [*scores, Score(case.id, completion.arm, "all", float(whole), "" if whole else f"wrong: {wrong or 'extra keys'}")]
+
+
+def _exact(case: Case, completion: Completion) -> Score:
+    """1 where the answer is the expected text, white space around it aside."""
+    right = completion.text.strip() == str(case.expected).strip()
+    return Score(case.id, completion.arm, "all", float(right), "" if right else "another text")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality of JSON values in which true is not 1."""
+    return type(one) is type(other) and bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:60]

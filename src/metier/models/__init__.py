@@ -1,0 +1,1 @@
+"""Weights, and what runs on them: loading, GGUF, adapters, generation, constrained answers."""

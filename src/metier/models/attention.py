@@ -1,0 +1,253 @@
+"""Attention over rows laid end to end, and over a cache while generating.
+
+The model code of `transformers` calls `attend` through its attention interface; the `layout` keyword tells how the
+tokens at hand relate. Short rows go through padded matrix products with a float32 softmax, which beat the flash
+kernels on CPUs in both directions; long rows go one by one through the flash kernel, so nothing quadratic is kept.
+
+Shape legend: T tokens, B rows, S tokens of the longest row, P shared prefix tokens, H query heads, J key-value heads,
+G = H / J, D head size, C cache slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "metier"
+LONG = 768
+
+
+class Rows:
+    """Rows of `lengths_B` tokens behind `prefix` tokens which they all see; the prefix is part of the tokens.
+
+    With `cache`, the shared prefix comes from it instead, and the rows' keys and values are kept in it.
+    """
+
+    def __init__(self, lengths_B: list[int], *, prefix: int, device: torch.device, cache: Cache | None = None) -> None:
+        self.prefix, self.cache, self.lengths = prefix, cache, lengths_B
+        self.longest = max(lengths_B)
+        self.size = (len(lengths_B), self.longest)
+        lengths = torch.tensor(lengths_B)
+        starts = torch.arange(len(lengths_B)) * self.longest
+        row_T = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths)
+        within_T = torch.cat([torch.arange(n) for n in lengths_B])
+        self.place_T = (starts[row_T] + within_T).to(device)
+        behind = prefix if cache is None else cache.prefix
+        self.position_T = torch.cat([torch.arange(prefix), within_T + behind]).to(device)
+        self.blocked_SK = _blocked(self.longest, behind, device) if self.longest <= LONG else None
+        self.blocked_PP = _blocked(prefix, 0, device) if 0 < prefix <= LONG else None
+
+    def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
+        p = self.prefix
+        kp_PJD, vp_PJD = k_TJD[:p], v_TJD[:p]
+        if self.cache is not None:
+            kp_PJD, vp_PJD = self.cache.prefix_of(layer)
+            self.cache.keep(layer, k_TJD, v_TJD, self)
+        if self.longest > LONG:
+            rows = self._one_by_one(q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, scale)
+        else:
+            rows = _PaddedAttention.apply(
+                q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, self.place_T, self.size, self.blocked_SK, scale
+            )
+        return rows if p == 0 else torch.cat([_causal(q_THD[:p], k_TJD[:p], v_TJD[:p], self.blocked_PP, scale), rows])
+
+    def _one_by_one(
+        self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
+    ) -> Tensor:
+        out = []
+        for q, k, v in zip(*(t.split(self.lengths) for t in (q_THD, k_TJD, v_TJD)), strict=True):
+            blocked = _blocked(q.shape[0], kp_PJD.shape[0], q.device)
+            out.append(_flash(q, torch.cat([kp_PJD, k]), torch.cat([vp_PJD, v]), ~blocked, scale))
+        return torch.cat(out)
+
+
+class Cache:
+    """Keys and values of a shared prefix (once) and of B rows, for `C` more tokens than the rows' longest prompt."""
+
+    def __init__(self) -> None:
+        self.prefix = 0
+        self._prefix: list[tuple[Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self.room = 0
+
+    def prefix_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._prefix[layer]
+
+    def keep(self, layer: int, k_TJD: Tensor, v_TJD: Tensor, rows: Rows) -> None:
+        """Stores what the rows computed, padded to (B, J, S + room, D)."""
+        room = k_TJD.new_zeros(len(rows.lengths), self.room, *k_TJD.shape[1:])
+        keys, values = (
+            torch.cat([_pad(flat, rows.place_T, rows.size), room], dim=1).transpose(1, 2).contiguous()
+            for flat in (k_TJD, v_TJD)
+        )
+        self._rows.append((keys, values))
+
+    def select(self, keep_B: Tensor) -> None:
+        """Keeps only the rows of `keep_B` (indices)."""
+        self._rows = [(k.index_select(0, keep_B), v.index_select(0, keep_B)) for k, v in self._rows]
+
+    def clear_rows(self) -> None:
+        self._rows = []
+
+
+class Prefix:
+    """The first pass over a shared prefix: plain causal attention, keys and values kept in the cache."""
+
+    def __init__(self, length: int, cache: Cache, device: torch.device) -> None:
+        self.cache = cache
+        cache.prefix = length
+        self.position_T = torch.arange(length, device=device)
+        self.blocked = _blocked(length, 0, device) if length <= LONG else None
+
+    def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
+        self.cache._prefix.append((k_TJD, v_TJD))
+        return _causal(q_THD, k_TJD, v_TJD, self.blocked, scale)
+
+
+class Step:
+    """One new token for each of B cached rows; `filled_B` is how many own tokens each row holds before it."""
+
+    def __init__(self, cache: Cache, filled_B: Tensor) -> None:
+        self.cache, self.filled_B = cache, filled_B
+        self.position_T = filled_B + cache.prefix
+        self.longest = int(filled_B.max()) + 1
+        slots = torch.arange(self.longest, device=filled_B.device)
+        prefix = torch.zeros(len(filled_B), cache.prefix, dtype=torch.bool, device=filled_B.device)
+        self.blocked_BK = torch.cat([prefix, slots > filled_B[:, None]], dim=1)
+
+    def attend(self, layer: int, q_BHD: Tensor, k_BJD: Tensor, v_BJD: Tensor, scale: float) -> Tensor:
+        """Scores against prefix and own keys apart, joined in one softmax, so that the prefix is never copied."""
+        keys_BJCD, values_BJCD = self.cache._rows[layer]
+        rows = torch.arange(len(q_BHD), device=q_BHD.device)
+        keys_BJCD[rows, :, self.filled_B] = k_BJD
+        values_BJCD[rows, :, self.filled_B] = v_BJD
+        keys, values = keys_BJCD[:, :, : self.longest], values_BJCD[:, :, : self.longest]
+        b, h, d = q_BHD.shape
+        j = keys.shape[1]
+        p = self.cache.prefix
+        q_BJGD = (q_BHD * scale).view(b, j, h // j, d)
+        scores = [q_BJGD @ keys.transpose(2, 3)]
+        if p:
+            kp_PJD, vp_PJD = self.cache.prefix_of(layer)
+            q_JND = q_BJGD.transpose(0, 1).reshape(j, -1, d)
+            prefix = (q_JND @ kp_PJD.permute(1, 2, 0)).view(j, b, h // j, p).transpose(0, 1)
+            scores.insert(0, prefix)
+        joined = torch.cat(scores, dim=3).float().masked_fill_(self.blocked_BK[:, None, None], -torch.inf)
+        weights = joined.softmax(dim=-1).to(q_BHD.dtype)
+        out = weights[..., p:] @ values
+        if p:
+            w_JNP = weights[..., :p].transpose(0, 1).reshape(j, -1, p)
+            out = out + (w_JNP @ vp_PJD.transpose(0, 1)).view(j, b, h // j, d).transpose(0, 1)
+        return out.reshape(b, h, d)
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, layout: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """The attention interface of `transformers`: (1, heads, T, D) in, (1, T, heads, D) out, by the layout at hand."""
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return layout.attend(module.layer_idx, q, k, v, scaling)[None], None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+class _PaddedAttention(torch.autograd.Function):
+    """Rows as a padded batch behind a shared prefix: two matrix products and a float32 softmax each way."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q_THD: Tensor,
+        k_TJD: Tensor,
+        v_TJD: Tensor,
+        kp_PJD: Tensor,
+        vp_PJD: Tensor,
+        place_T: Tensor,
+        size: tuple[int, int],
+        blocked_SK: Tensor,
+        scale: float,
+    ) -> Tensor:
+        heads = (k_TJD.shape[1], q_THD.shape[1] // k_TJD.shape[1])
+        q = _pad_queries(q_THD, place_T, size, heads)
+        k = _pad_keys(k_TJD, kp_PJD, place_T, size)
+        v = _pad_keys(v_TJD, vp_PJD, place_T, size)
+        scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
+        scores.view(size[0], *heads, *blocked_SK.shape).masked_fill_(blocked_SK, -torch.inf)
+        weights = scores.softmax(-1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights, place_T)
+        ctx.size, ctx.heads, ctx.scale, ctx.prefix = size, heads, scale, kp_PJD.shape[0]
+        return _unpad_queries(torch.matmul(weights, v), place_T, size, heads)
+
+    @staticmethod
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, weights, place_T = ctx.saved_tensors
+        dout = _pad_queries(dout_THD, place_T, ctx.size, ctx.heads)
+        dv = torch.matmul(weights.transpose(2, 3), dout)
+        dweights = torch.matmul(dout, v.transpose(2, 3)).float()
+        weights = weights.float()
+        mean = (dweights * weights).sum(-1, keepdim=True)
+        dscores = dweights.sub_(mean).mul_(weights).mul_(ctx.scale).to(q.dtype)
+        dq_THD = _unpad_queries(torch.matmul(dscores, k), place_T, ctx.size, ctx.heads)
+        dk = torch.matmul(dscores.transpose(2, 3), q)
+        (dkp, dk_T), (dvp, dv_T) = (_unpad_keys(t, ctx.prefix, place_T) for t in (dk, dv))
+        return dq_THD, dk_T, dv_T, dkp, dvp, None, None, None, None
+
+
+def _pad(flat: Tensor, place_T: Tensor, size: tuple[int, int]) -> Tensor:
+    """(T, ...) to (B, S, ...), zeros between."""
+    padded = flat.new_zeros(size[0] * size[1], *flat.shape[1:]).index_copy_(0, place_T, flat)
+    return padded.view(*size, *flat.shape[1:])
+
+
+def _pad_queries(q_THD: Tensor, place_T: Tensor, size: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+    """(T, H, D) to (B, J, G·S, D): the queries that share keys side by side."""
+    q = _pad(q_THD, place_T, size).view(*size, *heads, -1).permute(0, 2, 3, 1, 4)
+    return q.reshape(size[0], heads[0], heads[1] * size[1], -1)
+
+
+def _unpad_queries(q: Tensor, place_T: Tensor, size: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+    """The inverse of `_pad_queries`."""
+    back = q.view(size[0], *heads, size[1], -1).permute(0, 3, 1, 2, 4)
+    return back.reshape(size[0] * size[1], heads[0] * heads[1], -1)[place_T]
+
+
+def _pad_keys(k_TJD: Tensor, kp_PJD: Tensor, place_T: Tensor, size: tuple[int, int]) -> Tensor:
+    """(T, J, D) to (B, J, P + S, D), the shared prefix before every row."""
+    shared = kp_PJD.expand(size[0], *kp_PJD.shape)
+    return torch.cat([shared, _pad(k_TJD, place_T, size)], dim=1).transpose(1, 2).contiguous()
+
+
+def _unpad_keys(dk: Tensor, prefix: int, place_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient (B, J, P + S, D) as those of the prefix (P, J, D), summed over rows, and of the rows (T, J, D)."""
+    back = dk.transpose(1, 2)
+    rows = back[:, prefix:].reshape(-1, *back.shape[2:])
+    return back[:, :prefix].sum(0), rows[place_T]
+
+
+def _blocked(queries: int, behind: int, device: torch.device) -> Tensor:
+    """(S, behind + S) bool: True where a query may not look, that is, at later tokens of its own row."""
+    ahead = torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1)
+    return torch.cat([ahead.new_zeros(queries, behind), ahead], dim=1)
+
+
+def _causal(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, blocked: Tensor | None, scale: float) -> Tensor:
+    """One row without a prefix."""
+    if blocked is None:
+        return _flash(q_THD, k_TJD, v_TJD, None, scale)
+    size = (1, q_THD.shape[0])
+    place_T = torch.arange(size[1], device=q_THD.device)
+    none = k_TJD[:0]
+    return _PaddedAttention.apply(q_THD, k_TJD, v_TJD, none, none, place_T, size, blocked, scale)
+
+
+def _flash(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_THD, k_TJD, v_TJD))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,173 @@
+"""Answers from a model: batched decoding with a cache, the shared beginning of all prompts computed once.
+
+A row's answer depends on its own prompt and seed alone; batching changes rounding and nothing else (in float32 the
+ids are equal to one-by-one decoding). Rows are grouped by length, prompts go through the same attention as training,
+and a finished row leaves its batch.
+
+Shape legend: B rows of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from metier.models.attention import Cache, Prefix, Rows, Step
+
+ROWS = 64
+PROMPT_TOKENS = 4096
+SHARE_FROM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are drawn. Temperature 0 is greedy; `seed` matters above it."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One answer: its ids without the stop token, how it ended, and its share of the batch's wall time."""
+
+    ids: list[int]
+    finish: str
+    seconds: float
+
+
+def batches(prompts: Sequence[np.ndarray]) -> list[list[int]]:
+    """Indices of the prompts, grouped by length; a function of the lengths alone, so a resumed proof groups alike."""
+    shared = common_prefix(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: (-prompts[i].size, i))
+    groups: list[list[int]] = []
+    used = PROMPT_TOKENS
+    for index in by_length:
+        size = prompts[index].size - shared
+        if used + size > PROMPT_TOKENS or len(groups[-1]) == ROWS:
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += size
+    return groups
+
+
+def common_prefix(prompts: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all prompts share, leaving each at least one of its own; 0 where it would not pay."""
+    first = min(prompts, key=len)[:-1]
+    for prompt in prompts:
+        same = first == prompt[: first.size]
+        first = first if same.all() else first[: int(np.argmin(same))]
+    return int(first.size) if first.size >= SHARE_FROM and len(prompts) > 1 else 0
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    stop_ids: frozenset[int],
+    decoding: Decoding,
+    *,
+    skip: frozenset[int] = frozenset(),
+) -> Iterator[list[tuple[int, Generated]]]:
+    """Yields (index, answer) pairs a batch at a time; batches whose prompts are all in `skip` are passed over."""
+    groups = [g for g in batches(prompts) if not skip.issuperset(g)]
+    if not groups:
+        return
+    shared = common_prefix(prompts)
+    cache = Cache()
+    if shared:
+        _forward(model, prompts[0][:shared], Prefix(shared, cache, model.device))
+    for group in groups:
+        start = time.perf_counter()
+        answers = _decode(model, [prompts[i][shared:] for i in group], group, cache, stop_ids, decoding)
+        seconds = (time.perf_counter() - start) / len(group)
+        yield [(i, Generated(ids, finish, seconds)) for i, (ids, finish) in zip(group, answers, strict=True)]
+
+
+def _decode(
+    model: PreTrainedModel,
+    tails: list[np.ndarray],
+    indices: list[int],
+    cache: Cache,
+    stop_ids: frozenset[int],
+    decoding: Decoding,
+) -> list[tuple[list[int], str]]:
+    cache.clear_rows()
+    cache.room = decoding.max_new_tokens
+    lengths = [t.size for t in tails]
+    rows = Rows(lengths, prefix=0, device=model.device, cache=cache)
+    hidden = _forward(model, np.concatenate(tails), rows)
+    last = torch.tensor(np.cumsum(lengths) - 1, device=model.device)
+    draw = _Draw(decoding, indices)
+    answers: list[list[int]] = [[] for _ in tails]
+    finish = ["length"] * len(tails)
+    alive = list(range(len(tails)))
+    filled_B = torch.tensor(lengths, device=model.device)
+    hidden_BD = hidden[last]
+    for position in range(decoding.max_new_tokens):
+        token_B = draw(_logits(model, hidden_BD), alive, position)
+        going = []
+        for place, (row, token) in enumerate(zip(alive, token_B.tolist(), strict=True)):
+            if token in stop_ids:
+                finish[row] = "stop"
+            else:
+                answers[row].append(token)
+                going.append(place)
+        if not going or position + 1 == decoding.max_new_tokens:
+            break
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=model.device)
+            cache.select(keep)
+            token_B, filled_B = token_B[keep], filled_B[keep]
+            alive = [alive[p] for p in going]
+        hidden_BD = _forward(model, token_B, Step(cache, filled_B))
+        filled_B = filled_B + 1
+    return list(zip(answers, finish, strict=True))
+
+
+def _forward(model: PreTrainedModel, ids_T: np.ndarray | Tensor, layout: Prefix | Rows | Step) -> Tensor:
+    """Last hidden states (T, D) of flat tokens under a layout."""
+    ids = torch.as_tensor(ids_T, device=model.device)
+    out = model.get_decoder()(
+        input_ids=ids[None], position_ids=layout.position_T[None], use_cache=False, layout=layout
+    )
+    return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _logits(model: PreTrainedModel, hidden_BD: Tensor) -> Tensor:
+    return model.get_output_embeddings()(hidden_BD).float()  # type: ignore[no-any-return]
+
+
+class _Draw:
+    """The next token of each row: the likeliest, or one drawn with the row's own random numbers."""
+
+    def __init__(self, decoding: Decoding, indices: Sequence[int]) -> None:
+        self.decoding, self.indices = decoding, indices
+
+    def __call__(self, logits_BV: Tensor, alive: Sequence[int], position: int) -> Tensor:
+        if self.decoding.temperature == 0:
+            return logits_BV.argmax(-1)
+        probs = (logits_BV / self.decoding.temperature).softmax(-1)
+        sorted_BV, token_BV = probs.sort(-1, descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV
+        kept_BV = sorted_BV.masked_fill(before_BV >= self.decoding.top_p, 0)
+        uniform = torch.tensor([_uniform(self.decoding.seed, self.indices[r], position) for r in alive])
+        point = uniform.to(kept_BV)[:, None] * kept_BV.sum(-1, keepdim=True)
+        chosen = (kept_BV.cumsum(-1) <= point).sum(-1, keepdim=True).clamp_(max=kept_BV.shape[-1] - 1)
+        return token_BV.gather(1, chosen)[:, 0]
+
+
+def _uniform(seed: int, row: int, position: int) -> float:
+    """A number in [0, 1) that belongs to (seed, row, position), whatever else is in the batch."""
+    key = hashlib.sha256(f"draw:{seed}:{row}:{position}".encode()).digest()
+    return int.from_bytes(key[:6], "big") / 2**48

@@ -1,0 +1,52 @@
+"""The output head on chosen positions only, and its cross-entropy in chunks.
+
+Logits of a 50k vocabulary are the largest tensor of a step; they are made for the K supervised rows alone, a chunk at
+a time, turned into the gradient in place, and forgotten.
+
+Shape legend: K supervised positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 1024
+
+
+def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
+    """(K,) float32 natural-log probabilities of the targets; differentiable in `hidden_KD` only."""
+    return _TargetLogprobs.apply(hidden_KD, weight_VD, target_K)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """Two passes over the head: logits, and their gradient at once.
+
+    The gradient of position k is grad_k times a vector that does not depend on the loss, (onehot − softmax) W, so it
+    is made while the logits are at hand and only (K, D) numbers are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:  # type: ignore[override]
+        logprob_K = hidden_KD.new_empty(len(target_K), dtype=torch.float32)
+        slope_KD = torch.empty_like(hidden_KD) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(target_K), CHUNK):
+            chunk = slice(at, at + CHUNK)
+            target = target_K[chunk, None]
+            logits = F.linear(hidden_KD[chunk], weight_VD).float()
+            logits -= logits.logsumexp(1, keepdim=True)
+            logprob_K[chunk] = logits.gather(1, target)[:, 0]
+            if slope_KD is not None:
+                slope = logits.exp_().neg_()
+                slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
+                slope_KD[chunk] = slope.to(hidden_KD.dtype) @ weight_VD
+        ctx.save_for_backward(slope_KD)
+        return logprob_K
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (slope_KD,) = ctx.saved_tensors
+        return grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None

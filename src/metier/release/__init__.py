@@ -1,0 +1,1 @@
+"""May it ship, and in what form."""

@@ -1,0 +1,126 @@
+"""The model card: front matter that hubs read, and sentences made from measurements only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from metier import runs
+from metier.config import Loaded
+from metier.models.load import Base
+from metier.release import gate
+from metier.runs import Run
+
+
+def model_card(loaded: Loaded, run: Run, base: Base) -> str:
+    """The card of a release, as Markdown with YAML front matter."""
+    spec = loaded.spec
+    verdict = runs.read_json(run.act("prove") / "verdict.json")
+    data = runs.read_json(run.act("build") / "dataset.json")
+    plan = runs.read_json(run.act("train") / "plan.json")
+    parts = [
+        "---\n" + yaml.safe_dump(_front_matter(loaded, base, verdict), sort_keys=False, allow_unicode=True) + "---",
+        f"# {spec.name}",
+        _proved(verdict),
+        "\n".join(f"- {line}" for line in gate.headline(verdict)),
+        "## What it does\n\n" + spec.task.instruction,
+        "## Measured on the sealed test set\n\n" + _arms(verdict),
+        "## Claims\n\n" + _claims(verdict),
+        "## Training\n\n" + _training(loaded, base, data, plan),
+        "## Data\n\n" + _data(loaded, data),
+        "## Limits\n\n" + _limits(verdict),
+        "## Use\n\n" + _use(base),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[str, Any]:
+    tuned = verdict["arms"]["tuned"]
+    metrics = [
+        {"type": "accuracy", "name": name, "value": round(tuned[name], 4)} for name in ("all", "schema") if name in tuned
+    ]
+    task = {"type": "text-generation"}
+    data = {"name": loaded.spec.name, "type": "private"}
+    return {
+        "base_model": base.source.split(",")[0],
+        "license": loaded.spec.ship.license,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["metier", "lora"],
+        "model-index": [
+            {"name": loaded.spec.name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}
+        ],
+    }
+
+
+def _proved(verdict: dict[str, Any]) -> str:
+    if verdict["verdict"] == "ship":
+        return "Every claim below was established on a test set sealed before training."
+    return f"**Not proved: the verdict is {verdict['verdict']}.** It was released on its owner's explicit wish."
+
+
+def _arms(verdict: dict[str, Any]) -> str:
+    graders = [g for g in next(iter(verdict["arms"].values())) if _is_rate(g, verdict)]
+    rows = [f"| arm | {' | '.join(graders)} | seconds a case |", "|---" * (len(graders) + 2) + "|"]
+    for arm, figures in verdict["arms"].items():
+        shown = " | ".join(f"{100 * figures[g]:.1f} %" for g in graders)
+        rows.append(f"| {arm} | {shown} | {figures['seconds_per_case']:.3f} |")
+    return "\n".join(rows)
+
+
+def _is_rate(name: str, verdict: dict[str, Any]) -> bool:
+    return name in ("json", "schema", "all") or name.startswith("field:")
+
+
+def _claims(verdict: dict[str, Any]) -> str:
+    return "\n".join(
+        f"- {c['claim']}: {c['result']}, estimate {100 * c['estimate']:.1f} points "
+        f"({100 * c['confidence']:.0f} % interval {100 * c['low']:.1f} to {100 * c['high']:.1f}, n = {c['n']}, {c['test']})"
+        for c in verdict["claims"]
+    )
+
+
+def _training(loaded: Loaded, base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
+    stage = loaded.spec.train[0]
+    split = data["splits"]["train"]
+    return (
+        f"LoRA, rank {stage.rank}, alpha {stage.alpha:g}, on {_targets(stage.targets)} of {base.source} "
+        f"(weights sha256 `{base.sha256}`). {split['rows']:,} rows with {split['supervised_tokens']:,} supervised tokens, "
+        f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
+        f"{plan['dtype']}, seed {loaded.spec.seed}. {plan['seconds']['measured'] / 60:.1f} minutes at "
+        f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
+        f"{plan['memory_gb']['measured']:.1f} GB peak memory."
+    )
+
+
+def _targets(targets: str | tuple[str, ...]) -> str:
+    return "all linear layers" if targets == "all-linear" else ", ".join(targets)
+
+
+def _data(loaded: Loaded, data: dict[str, Any]) -> str:
+    counts = data["counts"]
+    credit = f"{loaded.spec.data.attribution}\n\n" if loaded.spec.data.attribution else ""
+    return (
+        f"{credit}{counts['in']:,} input rows: {counts['used']:,} used, {counts['duplicate']:,} duplicates, "
+        f"{counts['rejected']:,} rejected with a reason. Near-duplicates stay on one side of the split. "
+        f"Test set sha256 `{data['seal']}`, opened {data['opened']} time{'s' if data['opened'] != 1 else ''}."
+    )
+
+
+def _limits(verdict: dict[str, Any]) -> str:
+    smallest = [c["smallest_detectable"] for c in verdict["claims"] if c.get("smallest_detectable")]
+    lines = [
+        "- One training run with one seed: the claims are about this adapter, not about the recipe.",
+        "- Inputs unlike the data were not tested. General ability, safety and long conversations were not measured.",
+    ]
+    if smallest:
+        lines.append(f"- Differences under {100 * max(smallest):.1f} points could not have been seen.")
+    return "\n".join(lines)
+
+
+def _use(base: Base) -> str:
+    return (
+        f"The adapter is in PEFT's layout, for the base {base.source}. Load it with any tool that reads PEFT adapters, "
+        "with the tokenizer and chat template beside it."
+    )

@@ -1,0 +1,79 @@
+"""What ships is what was proved: checks that compare a release, read back from disk, with what the proof measured.
+
+An artefact without a passed check is not published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from metier import runs
+from metier.models import load, lora
+from metier.models.attention import Rows
+from metier.text.chat import Renderer
+
+LOGITS_TOLERANCE = 1e-3
+
+
+def adapter_checks(base: load.Base, proved: Path, shipped: Path, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """The shipped adapter folder against the proved one, on real prompts, in float32 on the CPU."""
+    own, theirs = Renderer(base.folder), Renderer(shipped)
+    ids = [own.prompt(p) for p in prompts]
+    unlike = sum(not np.array_equal(i, theirs.prompt(p)) for i, p in zip(ids, prompts, strict=True))
+    before, after, bare = (_last_logits(base, folder, ids) for folder in (proved, shipped, None))
+    return [
+        _check("token-ids", unlike, 0, "prompts whose token ids differ with the shipped tokenizer"),
+        _check("stop", int(own.stop_ids != theirs.stop_ids), 0, "stop tokens differ"),
+        _check("logits", float((before - after).abs().max()), LOGITS_TOLERANCE, "largest logit difference, reloaded"),
+        {
+            "name": "adapter-acts",
+            "value": float((after - bare).abs().max()),
+            "tolerance": LOGITS_TOLERANCE,
+            "pass": bool((after - bare).abs().max() > LOGITS_TOLERANCE),
+            "what": "largest logit difference from the base: must be over the tolerance, or the adapter does nothing",
+        },
+    ]
+
+
+def certificate(base: load.Base, data_seal: str, verdict: Path, artefacts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`certificate.json`: base, data and proof by hash, and each artefact with its checks."""
+    passed = all(c["pass"] for a in artefacts for c in a["checks"])
+    return {
+        "base": base.sha256,
+        "data": data_seal,
+        "proof": runs.sha256(verdict),
+        "artefacts": artefacts,
+        "pass": passed,
+    }
+
+
+def _check(name: str, value: float, tolerance: float, what: str) -> dict[str, Any]:
+    return {"name": name, "value": value, "tolerance": tolerance, "pass": value <= tolerance, "what": what}
+
+
+def _last_logits(base: load.Base, adapter: Path | None, prompts: Sequence[np.ndarray]) -> Tensor:
+    """(prompts, vocabulary) float32 logits behind each prompt."""
+    model = load.model(base, dtype=torch.float32, device=torch.device("cpu"))
+    if adapter is not None:
+        lora.load(model, adapter)
+    return last_logits(model, prompts)
+
+
+@torch.inference_mode()
+def last_logits(model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> Tensor:
+    """(prompts, vocabulary) logits of the token behind each prompt."""
+    lengths = [p.size for p in prompts]
+    rows = Rows(lengths, prefix=0, device=model.device)
+    ids_T = torch.from_numpy(np.concatenate(prompts)).to(model.device)
+    hidden_TD = model.get_decoder()(
+        input_ids=ids_T[None], position_ids=rows.position_T[None], use_cache=False, layout=rows
+    ).last_hidden_state[0]
+    last = torch.tensor(np.cumsum(lengths) - 1, device=model.device)
+    return model.get_output_embeddings()(hidden_TD[last]).float()  # type: ignore[no-any-return]

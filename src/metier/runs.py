@@ -1,0 +1,303 @@
+"""A run is a folder, and it is the whole truth about that run.
+
+Each act works in a hidden folder of its own, `.work-<act>`, which survives a kill so that the act can go on, and is
+published by two renames when it is whole: readers see the old result or the new one, never a part. `act.json`, written
+last, is the act's manifest: the fingerprint of everything that went in and the hash of every file that came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metier import records
+from metier.errors import INTERRUPTED, TERMINATED, MetierError, ResourceError, RunError
+
+MANIFEST = "act.json"
+ACTS = ("build", "train", "prove", "ship")
+FOLDERS = {"build": "data", "train": "train", "prove": "proof", "ship": "release"}
+FORMAT = 1
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk(path, len(payload)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one indented JSON object, numbers finite, keys in the order given."""
+    write(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Strict JSON of a file that Metier wrote; a damaged file is a `RunError` with its name."""
+    try:
+        return records.loads(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise RunError(f"{path.name} is missing", where=str(path), fix="run the act that makes it again") from error
+    except (OSError, MetierError) as error:
+        raise RunError(
+            f"{path.name} is damaged: {error}".split("\n")[0], where=str(path), fix="delete the run folder and run again"
+        ) from error
+
+
+@contextlib.contextmanager
+def disk(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turns a failed write into one clear error; earlier results stay as they were."""
+    try:
+        yield
+    except MetierError:
+        raise
+    except OSError as error:
+        raise disk_error(error, path, needed) from error
+
+
+def disk_error(error: OSError, path: Path, needed: int = 0) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(existing(path)).free
+        wanted = f"{needed:,} bytes needed, " if needed else ""
+        return ResourceError(
+            f"the disk is full: {wanted}{free:,} bytes free",
+            where=str(path),
+            fix="free some space and run the same command again; earlier results are intact",
+        )
+    return ResourceError(
+        f"cannot write: {error.strerror or error}", where=str(path), fix="check the folder and its permissions"
+    )
+
+
+def need_space(path: Path, needed: int) -> None:
+    """Refuses before the work starts where the disk cannot hold its result."""
+    free = shutil.disk_usage(existing(path)).free
+    if free < needed:
+        raise disk_error(OSError(errno.ENOSPC, "no space"), path, needed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder; this process holds its lock."""
+
+    folder: Path
+
+    def act(self, act: str) -> Path:
+        """The published folder of an act."""
+        return self.folder / FOLDERS[act]
+
+    def manifest(self, act: str) -> dict[str, Any] | None:
+        """The act's manifest, or None where the act was never finished."""
+        path = self.act(act) / MANIFEST
+        if not path.is_file():
+            return None
+        manifest = read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise RunError(
+                f"made by another version of Metier (format {manifest.get('format')}, this is {FORMAT})",
+                where=str(path),
+                fix="use a new --runs folder, or the Metier that made it",
+            )
+        return dict(manifest)
+
+    def up_to_date(self, act: str, fingerprint: str) -> bool:
+        """Whether the act was finished with these inputs and its files are as it left them."""
+        manifest = self.manifest(act)
+        return bool(manifest) and manifest["fingerprint"] == fingerprint and not self.damaged(act)
+
+    def damaged(self, act: str) -> str:
+        """The first published file that is missing or altered, as a sentence; empty where all are whole."""
+        manifest = self.manifest(act)
+        if manifest is None:
+            return f"{FOLDERS[act]}/ is missing"
+        for name, expected in manifest["outputs"].items():
+            path = self.act(act) / name
+            actual = sha256(path) if path.is_file() else "no file"
+            if actual != expected:
+                return f"{FOLDERS[act]}/{name} was altered: expected sha256 {expected[:16]}…, found {actual[:16]}…"
+        return ""
+
+    def require(self, act: str) -> Path:
+        """The folder of an act that must have been finished and be whole."""
+        if self.manifest(act) is None:
+            raise RunError(f"{act} has not been done yet", where=str(self.folder), fix=f"run `metier {act}` first")
+        if reason := self.damaged(act):
+            raise RunError(reason, where=str(self.folder), fix=f"run `metier {act}` again")
+        return self.act(act)
+
+    def work(self, act: str, fingerprint: str) -> Path:
+        """The act's working folder: the one an interrupted act left, if its inputs are the same, or a clean one."""
+        folder = self.folder / f".work-{act}"
+        mark = folder / "fingerprint"
+        if folder.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
+            shutil.rmtree(folder)
+        with disk(folder):
+            folder.mkdir(exist_ok=True)
+        if not mark.exists():
+            write(mark, fingerprint)
+        return folder
+
+    def publish(
+        self, act: str, *, settings: dict[str, Any], inputs: dict[str, str], seconds: float, mutable: tuple[str, ...] = ()
+    ) -> None:
+        """Moves the working folder to its place. Files named in `mutable` may change later and are not hashed."""
+        work = self.folder / f".work-{act}"
+        fingerprint = (work / "fingerprint").read_text()
+        (work / "fingerprint").unlink()
+        names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+        outputs = {n: sha256(work / n) for n in names if n not in (*mutable, MANIFEST)}
+        write_json(
+            work / MANIFEST,
+            {
+                "format": FORMAT,
+                "act": act,
+                "fingerprint": fingerprint,
+                "settings": settings,
+                "inputs": inputs,
+                "outputs": outputs,
+                "seconds": round(seconds, 3),
+            },
+        )
+        self._swap(act)
+
+    def _swap(self, act: str) -> None:
+        work, target, trash = self.folder / f".work-{act}", self.act(act), self.folder / f".trash-{act}"
+        with disk(target):
+            shutil.rmtree(trash, ignore_errors=True)
+            for path in work.rglob("*"):
+                _sync(path)
+            if target.exists():
+                target.rename(trash)
+            work.rename(target)
+            _sync_folder(self.folder)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Finishes or undoes a publication that was cut between its two renames."""
+        for act in ACTS:
+            work, target, trash = self.folder / f".work-{act}", self.act(act), self.folder / f".trash-{act}"
+            if (work / MANIFEST).is_file():
+                self._swap(act)
+            elif trash.exists() and not target.exists():
+                trash.rename(target)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_run(root: Path, name: str, *, create: bool = True) -> Iterator[Run]:
+    """Opens `root/name` for this process alone."""
+    folder = root / name
+    if not create and not folder.is_dir():
+        raise RunError(f"no run at {folder}", where=str(folder), fix="run `metier run SPEC` first, or check --runs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunError(
+                f"the run is in use by {holder}", where=str(folder), fix="wait for it, or give another --runs folder"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        run = Run(folder)
+        run.recover()
+        try:
+            yield run
+        finally:
+            lock.truncate(0)
+
+
+class Stop:
+    """Whether a signal asked to stop; `check` raises at a moment where everything done so far is saved."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def check(self) -> None:
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(TERMINATED)
+        if self.signal:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stop]:
+    """The first Ctrl-C or SIGTERM waits for the next safe moment (`Stop.check`); the second stops at once."""
+    stop = Stop()
+
+    def note(number: int, _: types.FrameType | None) -> None:
+        if stop.signal:
+            os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+        stop.signal = number
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the host program owns the signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

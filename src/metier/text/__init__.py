@@ -1,0 +1,1 @@
+"""Messages to token rows and back; no torch."""

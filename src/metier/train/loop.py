@@ -1,0 +1,164 @@
+"""The loop: a generator of optimizer steps. Logging, validating and saving are ordinary code of whoever iterates it.
+
+A step is a function of (weights, moments, step number) and (seed, settings, data). Losses come as a sum and a weight;
+the division happens once, here, over all micro-batches of the step.
+
+Shape legend: N numbers of the adapter, laid out in one flat buffer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from metier.errors import NumericError
+from metier.models import head
+from metier.models.attention import Rows
+from metier.objectives import supervised
+from metier.records import Batch
+from metier.text import batches
+from metier.text.batches import Row
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a stage walks: rows per step, steps in all, and the learning rate as a function of the step."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    seed: int
+    tokens: int
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up over the first `warmup` share of steps, then a cosine to zero; `step` counts from 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did; `tokens` are real tokens (every row with its prefix), `seconds` its wall time."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+
+
+class Flat:
+    """The trainable parameters as one float32 buffer with its AdamW moments (Loshchilov & Hutter 2019, alg. 2)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.value_N = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.grad_N = torch.zeros_like(self.value_N)
+        self.mean_N = torch.zeros_like(self.value_N)
+        self.square_N = torch.zeros_like(self.value_N)
+        at = 0
+        for parameter in self.parameters:
+            end = at + parameter.numel()
+            parameter.data = self.value_N[at:end].view(parameter.shape)
+            parameter.grad = self.grad_N[at:end].view(parameter.shape)
+            at = end
+
+    def update(self, count: int, rate: float, weight_decay: float) -> None:
+        """One AdamW update from the gradient buffer; `count` is the number of this update, from 1."""
+        self.mean_N.lerp_(self.grad_N, 1 - BETA1)
+        self.square_N.mul_(BETA2).addcmul_(self.grad_N, self.grad_N, value=1 - BETA2)
+        denominator = (self.square_N / (1 - BETA2**count)).sqrt_().add_(EPSILON)
+        if weight_decay:
+            self.value_N.mul_(1 - rate * weight_decay)
+        self.value_N.addcdiv_(self.mean_N, denominator, value=-rate / (1 - BETA1**count))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"value": self.value_N, "mean": self.mean_N, "square": self.square_N}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, buffer in self.tensors().items():
+            buffer.copy_(tensors[name])
+
+
+def steps(
+    model: PreTrainedModel, flat: Flat, rows: Sequence[Row], prefix: int, schedule: Schedule, start: int = 0
+) -> Iterator[StepResult]:
+    """Trains on `rows` and yields after every update, beginning with step number `start`."""
+    for step in range(start, schedule.steps):
+        began = time.perf_counter()
+        chosen = batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step)
+        micro = batches.micro_batches([rows[i] for i in chosen], prefix, schedule.tokens)
+        weight = sum(int(b.target_K.size) for b in micro)
+        flat.grad_N.zero_()
+        total = 0.0
+        for batch in micro:
+            loss_sum, _ = supervised.cross_entropy(logprobs(model, batch))
+            (loss_sum / weight).backward()
+            total += float(loss_sum.detach())
+        norm = float(flat.grad_N.norm())
+        loss = total / weight
+        _hold_finite(loss, norm, step, micro)
+        flat.grad_N.mul_(min(1.0, schedule.clip / (norm + 1e-6)))
+        rate = schedule.rate(step)
+        flat.update(step + 1, rate, schedule.weight_decay)
+        yield StepResult(
+            step=step + 1,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            tokens=sum(b.real_tokens for b in micro),
+            supervised_tokens=weight,
+            seconds=time.perf_counter() - began,
+        )
+
+
+@torch.inference_mode()
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], prefix: int, tokens: int) -> float:
+    """Cross-entropy per supervised token over all rows, in nats."""
+    total, weight = 0.0, 0
+    for batch in batches.micro_batches(rows, prefix, tokens):
+        loss_sum, count = supervised.cross_entropy(logprobs(model, batch))
+        total, weight = total + float(loss_sum), weight + count
+    return total / weight
+
+
+def logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(K,) float32 log-probabilities of a batch's supervised tokens; the head sees those positions only."""
+    device = model.device
+    prefix = int(batch.prefix_P.size)
+    rows = Rows(batch.lengths_B.tolist(), prefix=prefix, device=device)
+    ids_T = torch.cat([torch.from_numpy(batch.prefix_P), torch.from_numpy(batch.tokens_T)]).to(device)
+    hidden_TD = model.get_decoder()(
+        input_ids=ids_T[None], position_ids=rows.position_T[None], use_cache=False, layout=rows
+    ).last_hidden_state[0]
+    predict_K = torch.from_numpy(batch.predict_K).to(device) + prefix
+    weight_VD = model.get_output_embeddings().weight
+    return head.logprobs(hidden_TD[predict_K], weight_VD, torch.from_numpy(batch.target_K).to(device))
+
+
+def _hold_finite(loss: float, norm: float, step: int, micro: Sequence[Batch]) -> None:
+    """Refuses a step that would poison the weights; they stay as they were."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    ids = [name for batch in micro for name in batch.ids][:8]
+    raise NumericError(
+        f"the loss ({loss}) or its gradient ({norm}) is not finite in step {step + 1}; the step was not applied",
+        where=f"rows {', '.join(ids)}",
+        fix="lower train.learning_rate, or set machine.dtype to fp32; the run goes on from its last checkpoint",
+    )

@@ -1,0 +1,278 @@
+"""From the data set in the run folder to an adapter: the front of the train act.
+
+Read from top to bottom: load, plan, go on from the newest checkpoint or start, step, validate, save, publish.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from metier import config, machine, plots, progress, records, runs
+from metier.config import Loaded, Stage
+from metier.errors import DataError
+from metier.models import load, lora
+from metier.progress import note
+from metier.runs import Run
+from metier.text import batches
+from metier.text.batches import Row
+from metier.text.chat import Renderer
+from metier.train import checkpoint, loop
+from metier.train.plan import Load, measured, plan, shape
+
+METRICS = "metrics.jsonl"
+
+
+def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
+    """Trains the specialist's adapter into `work`; goes on where an interrupted training left it."""
+    spec, stage = loaded.spec, loaded.spec.train[0]
+    machine.prepare(spec.machine.threads)
+    device = machine.device(spec.machine.device)
+    dtype = machine.dtype(spec.machine.dtype, device)
+    base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
+    renderer = Renderer(base.folder)
+    rows, valid = (_rows(run.require("build") / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
+    prefix = batches.shared_prefix([*rows, *valid])
+
+    model = load.model(base, dtype=dtype, device=device)
+    targets = stage.targets if isinstance(stage.targets, str) else list(stage.targets)
+    lora.attach(model, rank=stage.rank, alpha=stage.alpha, targets=targets, seed=spec.seed)
+    flat = loop.Flat(lora.parameters(model))
+    runs.need_space(work, 8 * flat.value_N.nbytes)
+    chosen = _plan(loaded, work, base, rows, prefix, dtype, device)
+    schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
+
+    log = _Log(work, schedule, stage)
+    _go_on(work, flat, log)
+    _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
+    return _finish(loaded, work, model, flat, chosen, log, base)
+
+
+def _steps(
+    model: PreTrainedModel,
+    flat: loop.Flat,
+    rows: Sequence[Row],
+    valid: Sequence[Row],
+    prefix: int,
+    schedule: loop.Schedule,
+    stage: Stage,
+    work: Path,
+    log: _Log,
+) -> None:
+    total = sum(r.ids.size for r in rows) * schedule.steps * schedule.batch_size / len(rows)
+    done = total * log.step / schedule.steps
+    with runs.stoppable() as stop, progress.bar("train", total, "tokens", done) as advance:
+        if log.stopped_early:
+            return
+        for result in loop.steps(model, flat, rows, prefix, schedule, start=log.step):
+            log.trained(result)
+            advance(result.tokens, f"loss {result.loss:.3f}  {result.tokens / result.seconds:,.0f} tokens/s")
+            if result.step in log.validate_at:
+                log.validated(loop.mean_loss(model, valid, prefix, schedule.tokens), flat)
+                if log.stopped_early:
+                    note(f"stopped early: no better validation loss in {stage.patience} passes")
+            if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
+                log.save(flat)
+            if log.stopped_early:
+                break
+            stop.check()
+
+
+class _Log:
+    """What has happened so far: the metrics file, the best validation, and when to validate and stop."""
+
+    def __init__(self, work: Path, schedule: loop.Schedule, stage: Stage) -> None:
+        self.work, self.stage = work, stage
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.best_loss = math.inf
+        self.best: Tensor | None = None
+        self.worse = 0
+        count = stage.validations
+        self.validate_at = {round(schedule.steps * (i + 1) / count) for i in range(count)}
+
+    @property
+    def stopped_early(self) -> bool:
+        return 0 < self.stage.patience <= self.worse
+
+    def trained(self, result: loop.StepResult) -> None:
+        self.step, self.tokens, self.seconds = (
+            result.step,
+            self.tokens + result.tokens,
+            self.seconds + result.seconds,
+        )
+        self._append(
+            {
+                "step": result.step,
+                "stage": self.stage.method,
+                "loss": result.loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm,
+                "tokens": result.tokens,
+                "supervised_tokens": result.supervised_tokens,
+                "seconds": round(result.seconds, 4),
+            }
+        )
+
+    def validated(self, loss: float, flat: loop.Flat) -> None:
+        self._append({"step": self.step, "stage": self.stage.method, "valid_loss": loss})
+        if loss < self.best_loss:
+            self.best_loss, self.best, self.worse = loss, flat.value_N.clone(), 0
+        else:
+            self.worse += 1
+
+    def save(self, flat: loop.Flat) -> None:
+        tensors = flat.tensors() | ({} if self.best is None else {"best": self.best})
+        facts = {
+            "metrics_bytes": (self.work / METRICS).stat().st_size,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "best_loss": None if self.best is None else self.best_loss,
+            "worse": self.worse,
+        }
+        checkpoint.save(self.work / "checkpoints", self.step, tensors, facts)
+
+    def restore(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.step, self.tokens, self.seconds = step, facts["tokens"], facts["seconds"]
+        self.worse = facts["worse"]
+        if facts["best_loss"] is not None:
+            self.best_loss, self.best = facts["best_loss"], tensors["best"]
+        with runs.disk(self.work), (self.work / METRICS).open("r+b") as file:
+            file.truncate(facts["metrics_bytes"])
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with runs.disk(self.work), (self.work / METRICS).open("ab") as file:
+            file.write(records.lines([line]))
+
+
+def _go_on(work: Path, flat: loop.Flat, log: _Log) -> None:
+    """Restores the newest whole checkpoint, or starts with a clean log."""
+    found = checkpoint.newest(work / "checkpoints")
+    if found is None:
+        (work / METRICS).unlink(missing_ok=True)
+        return
+    step, tensors, facts = found
+    flat.restore(tensors)
+    log.restore(step, tensors, facts)
+    note(f"going on from step {step}")
+
+
+def _finish(
+    loaded: Loaded, work: Path, model: PreTrainedModel, flat: loop.Flat, chosen: dict[str, Any], log: _Log, base: load.Base
+) -> dict[str, Any]:
+    """Writes the adapter (of the best validation, where there was one), the plot and the measured plan."""
+    if log.best is not None:
+        flat.value_N.copy_(log.best)
+    adapter = work / "adapter"
+    lora.save(model, adapter, base=base.name)
+    copy_tokenizer(base.folder, adapter)
+    done = measured(
+        chosen,
+        memory_gb=machine.peak_memory_gb(),
+        tokens_per_second=log.tokens / log.seconds,
+        seconds=log.seconds,
+    )
+    runs.write_json(work / "plan.json", done)
+    runs.write_json(work / "registered.json", registration(loaded))
+    metrics = [line for _, line in records.objects(work / METRICS)]
+    runs.write(work / "loss.svg", plots.loss_plot(metrics))
+    last = [m["loss"] for m in metrics if "loss" in m][-10:]
+    return {
+        "steps": log.step,
+        "loss": sum(last) / len(last),
+        "valid_loss": None if log.best is None else log.best_loss,
+        "tokens_per_second": done["tokens_per_second"],
+        "memory_gb": done["memory_gb"],
+    }
+
+
+def registration(loaded: Loaded) -> dict[str, Any]:
+    """What the proof will claim and how it will measure, with its hash: fixed before training."""
+    stated = {"task": config.tree(loaded.spec.task), "prove": config.tree(loaded.spec.prove)}
+    return {"registered": runs.digest(stated), **stated}
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Puts the tokenizer and chat template that were used beside the adapter."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (source / name).is_file():
+            runs.write(target / name, (source / name).read_bytes())
+
+
+def _rows(path: Path, renderer: Renderer, stage: Stage) -> list[Row]:
+    rows = [Row.of(e.id, renderer.render(e.messages)) for e in records.examples(path)]
+    for row in rows:
+        if not row.supervised.any():
+            raise DataError(f"row {row.id} has no answer to learn", where=str(path), fix="run `metier build` again")
+        if stage.max_length and row.ids.size > stage.max_length:
+            raise DataError(
+                f"row {row.id} has {row.ids.size} tokens, over max_length {stage.max_length}",
+                where=str(path),
+                fix="raise train.max_length, or run `metier build` again",
+            )
+    return rows
+
+
+def _schedule(stage: Stage, rows: int, seed: int, tokens: int) -> loop.Schedule:
+    return loop.Schedule(
+        steps=max(1, math.ceil(stage.epochs * rows / stage.batch_size)),
+        batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        warmup=stage.warmup,
+        weight_decay=stage.weight_decay,
+        clip=stage.clip,
+        seed=seed,
+        tokens=tokens,
+    )
+
+
+def _plan(
+    loaded: Loaded,
+    work: Path,
+    base: load.Base,
+    rows: Sequence[Row],
+    prefix: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The plan made before the first step; an interrupted training keeps the one it began with."""
+    path = work / "plan.json"
+    if path.is_file():
+        return _json(path)
+    stage = loaded.spec.train[0]
+    real = sum(r.ids.size for r in rows)
+    steps = math.ceil(len(rows) / stage.batch_size)
+    made = plan(
+        shape(_json(base.folder / "config.json"), rank=stage.rank, targets=stage.targets),
+        Load(
+            computed_tokens=real - prefix * (len(rows) - steps),
+            real_tokens=real,
+            supervised_tokens=sum(int(r.supervised.sum()) for r in rows),
+            longest=max(r.ids.size for r in rows),
+            epochs=stage.epochs,
+        ),
+        dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
+        gflops=machine.gflops()["bf16" if dtype == torch.bfloat16 else "fp32"],
+        memory_gb=machine.memory_gb(),
+        device=device.type,
+        tokens=loaded.spec.machine.tokens,
+    )
+    runs.write_json(path, made)
+    note(
+        f"plan: {made['dtype']} on {device.type}, about {progress.clock(made['seconds']['predicted'])}, "
+        f"{made['memory_gb']['predicted']:.1f} GB"
+    )
+    return made
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes()))
