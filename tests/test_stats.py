@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import astuple
 
@@ -27,7 +28,7 @@ def case_lists(labels: st.SearchStrategy[int], scores: st.SearchStrategy[float])
 
 
 BINARY = case_lists(st.integers(0, 8), st.sampled_from([0.0, 1.0]))
-GRADED = case_lists(st.integers(0, 8), st.floats(0, 1, width=32))
+GRADED = case_lists(st.integers(0, 8), st.floats(0, 1))
 
 
 def chance(n: int, wins: float, losses: float, event: Callable[[int, int], bool]) -> float:
@@ -202,9 +203,8 @@ def test_sign_flip_counts_the_flips_that_reach_as_far():
 
 
 def test_sign_flip_counts_ties_whatever_their_rounding():
-    # .1 + .2 + .3 and .3 + .3 + 0 are one distance: all eight flips of (.1, .2, -.3) reach 0, two reach .6
-    assert stats.sign_flip([0.1, 0.2, -0.3], draws=999) == 1
-    assert stats.sign_flip([0.1, 0.2, 0.3], draws=100_000) == approx(2 / 8, rel=0.05)
+    # 26 of 32 flips end at least as far from 0 as .2; for 10 of them the last bit says less than .2
+    assert stats.sign_flip([0.1, 0.1, 0.1, 0.2, -0.3], draws=20_000) == approx(26 / 32, abs=0.01)
 
 
 def test_sign_flip_errs_as_often_as_it_says_and_a_case_wise_test_does_not():
@@ -227,6 +227,8 @@ def test_paired_binary_without_clusters():
         *(0.2, interval.low, interval.high, 0.95, 50, 50),
         *("mid-p McNemar, Tango interval", mid, exact, 12, 2, stats.smallest_detectable(50, 0.28)),
     )
+    wider_alpha = stats.smallest_detectable(50, 0.28, alpha=0.1)
+    assert stats.paired_binary(ours, theirs, confidence=0.9).smallest_detectable == approx(wider_alpha)
     assert stats.paired_binary(np.array(ours, bool), theirs, [f"case-{i}" for i in range(50)]) == result
 
 
@@ -282,6 +284,10 @@ def test_nothing_is_certain_from_too_little():
     same = stats.paired_continuous([0.7] * 25, [0.7] * 25)
     bound = stats.tango(0, 0, 25)
     assert (same.low, same.high) == approx((bound.low, bound.high))
+    # everyone differs by .5: the others lie at most 1.5 away, and no further than span
+    alike = stats.paired_continuous([0.9] * 25, [0.4] * 25)
+    assert (alike.low, alike.high) == approx((0.5 - 1.5 * bound.high, 0.5 + 1.5 * bound.high))
+    assert stats.paired_continuous([0.9] * 5, [0.4] * 5).high == 1
     assert (same.test, same.smallest_detectable) == ("sign-flip, wider of bootstrap and no-spread bound", None)
     assert stats.paired_continuous([3.0] * 25, [3.0] * 25, span=math.inf).high == math.inf
     assert stats.paired_binary([1] * 50, [1] * 50, np.repeat(range(25), 2)).high == approx(bound.high)
@@ -319,6 +325,19 @@ def test_skewed_scores_lean_the_interval():
         assert result.high == approx(max(bootstrap.high, d.mean() + reach))
         leaning += bootstrap.high > d.mean() + reach
     assert leaning > 10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 8)), min_size=2, max_size=30), st.randoms())
+def test_neither_order_nor_direction_shows_in_the_last_bit(cases, random):
+    def numbers(rows: list[tuple[float, int]], sign: int) -> tuple:
+        d, labels = sign * np.array([value for value, _ in rows]), [label for _, label in rows]
+        interval = stats.paired_bootstrap(d, labels, draws=50)
+        limits = (interval.low, interval.high) if sign == 1 else (-interval.high, -interval.low)
+        return stats.cluster_se(d, labels), stats.sign_flip(d, labels, draws=50), *limits
+
+    shuffled = random.sample(cases, len(cases))
+    assert numbers(cases, 1) == numbers(shuffled, 1) == numbers(shuffled, -1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -363,9 +382,12 @@ def test_the_seed_decides_every_byte():
 
 
 def test_large_suites_are_drawn_in_blocks():
-    # more clusters than one block holds draws of: the numbers must not depend on where blocks end
     d = np.random.default_rng(2).normal(0.01, 1, size=60_000)
+    tracemalloc.start()
     interval, reach = stats.paired_bootstrap(d, draws=300), norm.ppf(0.975) / math.sqrt(60_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6 < 300 * d.nbytes
     assert (interval.low, interval.high) == approx((d.mean() - reach, d.mean() + reach), abs=reach / 3)
     assert stats.sign_flip(d, draws=299) == approx(ttest_1samp(d, 0).pvalue, abs=0.03)
 
@@ -482,7 +504,9 @@ def test_too_few_cases_detect_nothing():
     assert stats.smallest_detectable(76, 0.1) is None
     assert stats.smallest_detectable(77, 0.1) == approx(0.0994, abs=1e-4)
     assert stats.smallest_detectable(1000, 0) is None
-    assert stats.smallest_detectable(1, 1) is None
+    assert stats.smallest_detectable(3, 1) is None
+    # the equation has a solution here, but beyond the largest difference: its root would be negative
+    assert stats.smallest_detectable(2, 1, alpha=0.1) is None
 
 
 @pytest.mark.parametrize(("difference", "discordant"), [(0.05, 0.1), (0.05, 0.2), (0.1, 0.2)])
@@ -542,7 +566,7 @@ NAN = math.nan
         (lambda: stats.paired_binary([1, 0], [1, 0], ["a", None]), "None is not a cluster label"),
         (lambda: stats.paired_continuous([1.0, 0.2], [0.1, NAN]), "theirs holds nan"),
         (lambda: stats.paired_continuous([0.1, math.inf], [0.1, 0.1], span=math.inf), "ours holds inf"),
-        (lambda: stats.paired_continuous([0.1, 3.5], [0.1, 0.5]), "a difference of 3 is larger"),
+        (lambda: stats.paired_continuous([0.1, 0.0], [0.1, 1.5]), "a difference of -1.5 is larger"),
         (lambda: stats.cluster_se([]), "differences has shape"),
         (lambda: stats.paired_bootstrap([NAN]), "differences holds nan"),
         (lambda: stats.sign_flip([1.0], [NAN]), "nan is not a cluster label"),

@@ -54,7 +54,7 @@ def run(
 
 def ask(run: str | Path, text: str) -> dict[str, Any]:
     """The answers of base and specialist to one text, side by side."""
-    from metier.ask import ask as front
+    from metier.talk import ask as front
 
     return front(Path(run), text)
 
@@ -68,7 +68,7 @@ def new(recipe: str, folder: str | Path) -> Path:
 
 def doctor() -> dict[str, Any]:
     """What this machine can do."""
-    from metier.doctor import examine
+    from metier.health import examine
 
     return examine()
 

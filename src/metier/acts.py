@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metier import config, runs
-from metier.config import Loaded
+from metier import config, records, runs
+from metier.config import Loaded, registration
 from metier.errors import PolicyError
+from metier.records import Score
 from metier.runs import ACTS, Run
+
+if TYPE_CHECKING:
+    from metier.cost import Rates
 
 DONE, FRESH, PLANNED = "done", "up to date", "would be done"
 
@@ -138,13 +142,40 @@ def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
 
     machine.import_torch()
     from metier.evaluate import run as evaluation
-    from metier.release import gate, report
+    from metier.release import report
 
     evaluation.measure(loaded, run, work)
-    verdict = gate.judge(loaded, run, work, evaluation.rates(loaded))
+    verdict = _judge(loaded, run, work, evaluation.rates(loaded))
     runs.write_json(work / "verdict.json", verdict)
     runs.write(work / "report.html", report.report(run.folder, work))
     return _verdict_figures(verdict)
+
+
+def _judge(loaded: Loaded, run: Run, work: Path, rates: Rates) -> dict[str, Any]:
+    """The verdict on the scores in `work`, with what each arm's answers cost at this machine's remembered speeds."""
+    from metier.cost import arm_cost
+    from metier.evaluate.run import OUTPUTS, SCORES
+    from metier.release import gate
+
+    completions = records.completions(work / OUTPUTS)
+    scores = [Score(**row) for _, row in records.objects(work / SCORES)]
+    shared = runs.read_json(work / "shared.json")
+    costs = {}
+    for arm in loaded.spec.prove.arms:
+        own = [c for c in completions if c.arm == arm]
+        tokens = (sum(c.prompt_tokens for c in own), shared[arm], sum(c.new_tokens for c in own))
+        costs[arm] = arm_cost(*tokens, len(own), rates, loaded.spec.machine.dollars_per_hour)
+    data = run.act("build")
+    before = runs.read_json(run.act("train") / "registered.json")["registered"]
+    card = runs.read_json(data / "dataset.json")
+    sealed = {
+        "registered": before,
+        "registered_before_training": before == registration(loaded.spec)["registered"],
+        "seal": card["seal"],
+        "opened": card["opened"],
+    }
+    groups = {e.id: e.group for e in records.examples(data / "test.jsonl")}
+    return gate.verdict(scores, completions, groups, loaded.spec.prove, sealed=sealed, costs=costs)
 
 
 def _ship(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:

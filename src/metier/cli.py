@@ -125,7 +125,7 @@ def new(recipe: str, folder: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
 def doctor(as_json: bool) -> None:
     """Say what this machine can do: cores, memory, speeds, caches, extras."""
-    from metier.doctor import words
+    from metier.health import words
 
     found = metier.doctor()
     if as_json:

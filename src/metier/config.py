@@ -7,6 +7,8 @@ setting is read by some act.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -248,6 +250,13 @@ def dump(spec: Spec) -> str:
 def tree(settings: BaseModel) -> dict[str, Any]:
     """Settings as plain JSON values under their YAML names."""
     return settings.model_dump(mode="json", by_alias=True)
+
+
+def registration(spec: Spec) -> dict[str, Any]:
+    """What the proof claims and how it measures, with its hash: written down before training, compared after."""
+    stated = {"task": tree(spec.task), "prove": tree(spec.prove)}
+    text = json.dumps(stated, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return {"registered": hashlib.sha256(text.encode()).hexdigest(), **stated}
 
 
 def parse(text: str, where: str) -> dict[str, Any]:

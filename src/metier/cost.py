@@ -1,7 +1,7 @@
 """What answers and training cost, from counted tokens and calibrated rates; arithmetic only.
 
-The proof prices every arm from its token counts and the two rates this machine was calibrated at, never from a stopwatch,
-so that the same answers always cost the same. Seconds as they were measured stay beside each answer.
+The proof prices every arm from its token counts and the two rates this machine was calibrated at, never from a
+stopwatch, so that the same answers always cost the same. Seconds as they were measured stay beside each answer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Figures as SVG text: small, deterministic, at home in light, dark and print.
 
-A figure names its colours, and the page around it says what they are: `var(--ink, #1c2430)` and so on. A figure saved as a
-file of its own shows the second value. Text stays text, in the reader's own font; labels that come from settings or
-models are written as they are, never as markup or mathematics.
+A figure names its colours, and the page around it says what they are: `var(--ink, #1c2430)` and so on. A figure saved
+as a file of its own shows the second value. Text stays text, in the reader's own font; labels that come from settings
+or models are written as they are, never as markup or mathematics.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _curves(metrics: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, flo
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of the values around each one, over about a tenth of them all, evenly to both sides so that it never lags."""
+    """Mean of the values around each one, about a tenth of them all, evenly to both sides so that it never lags."""
     reach, last = len(values) // 20, len(values) - 1
     out = []
     for place in range(len(values)):

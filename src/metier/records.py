@@ -139,12 +139,10 @@ def lines(rows: Iterable[Any]) -> bytes:
     return "".join(dumps(r if isinstance(r, dict) else to_json(r)) + "\n" for r in rows).encode("utf-8")
 
 
-def loads(data: bytes, where: str) -> Any:
+def loads(data: bytes, where: str, limit: int = MAX_ROW_BYTES) -> Any:
     """Strict JSON from bytes; `where` (file:line) goes into the error."""
-    if len(data) > MAX_ROW_BYTES:
-        raise DataError(
-            f"a row of {len(data):,} bytes is over the limit of {MAX_ROW_BYTES:,}", where=where, fix="split the row"
-        )
+    if len(data) > limit:
+        raise DataError(f"a row of {len(data):,} bytes is over the limit of {limit:,}", where=where, fix="split the row")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

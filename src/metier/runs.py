@@ -29,6 +29,7 @@ MANIFEST = "act.json"
 ACTS = ("build", "train", "prove", "ship")
 FOLDERS = {"build": "data", "train": "train", "prove": "proof", "ship": "release"}
 FORMAT = 1
+MAX_JSON_BYTES = 1 << 28
 
 
 def sha256(path: Path) -> str:
@@ -68,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Strict JSON of a file that Metier wrote; a damaged file is a `RunError` with its name."""
     try:
-        return records.loads(path.read_bytes(), str(path))
+        return records.loads(path.read_bytes(), str(path), MAX_JSON_BYTES)
     except FileNotFoundError as error:
         raise RunError(f"{path.name} is missing", where=str(path), fix="run the act that makes it again") from error
     except (OSError, MetierError) as error:

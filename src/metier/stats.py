@@ -325,10 +325,10 @@ def smallest_detectable(n: int, discordant: float, power: float = 0.8, alpha: fl
         raise DataError(f"{discordant:g} discordant of {n} cases", fix="give a share within 0..1 of at least one case")
     test, reach = _two_sided_z(1 - _share(alpha, "alpha")), _z(power, "power")
     ratio = test / math.hypot(math.sqrt(n), reach)
-    if ratio > 1:
+    angle = math.atan2(reach, math.sqrt(n)) + math.asin(min(1, ratio))
+    if ratio > 1 or angle > math.pi / 2 or math.sin(angle) > math.sqrt(discordant):
         return None
-    sine = math.sin(min(math.atan2(reach, math.sqrt(n)) + math.asin(ratio), math.pi / 2))
-    return math.sqrt(discordant) * sine if sine < 1 and sine <= math.sqrt(discordant) else None
+    return math.sqrt(discordant) * math.sin(angle)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -336,7 +336,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     p = np.asarray(p_values, dtype=np.float64)
     if not bool(np.all((p >= 0) & (p <= 1))):
         raise DataError("a p-value lies outside 0..1", fix="leave out tests that could not be computed")
-    order = np.argsort(p, kind="stable")
+    order = np.argsort(p)
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return tuple(adjusted.tolist())
@@ -521,6 +521,6 @@ def _two_sided_z(confidence: float) -> float:
 
 def _special() -> Any:
     # Imported on first use: commands that measure nothing should not wait for SciPy.
-    from scipy import special  # type: ignore[import-untyped, unused-ignore]
+    from scipy import special
 
     return special

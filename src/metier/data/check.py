@@ -91,7 +91,7 @@ def leaks(splits: Splits) -> None:
 
 
 def labels(splits: Splits) -> dict[str, dict[str, dict[str, int]]]:
-    """field -> value -> split -> rows, for the fields of answers that have few values; a text answer is field `answer`."""
+    """field -> value -> split -> rows, for fields of answers that have few values; a text is field `answer`."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for name, examples in splits.items():
         for example in examples:

@@ -55,14 +55,13 @@ def groups(texts: Sequence[str], threshold: float, seed: int, together: Sequence
     to either; so are texts that differ in case, white space or punctuation alone, and texts with the same non-empty
     name in `together`.
     """
-    parents = list(range(len(texts)))
     words = [_words(t) for t in texts]
-    for keys in (together, ["".join(w) for w in words]):
-        _join_equal(parents, keys)
-    distinct = [i for i in range(len(texts)) if words[i]]
-    _join_similar(parents, distinct, [_shingles(words[i]) for i in distinct], threshold, seed)
+    sets = _Sets(len(texts))
+    sets.join_equal(together)
+    sets.join_equal(["".join(w) for w in words])
+    _join_similar(sets, [_shingles(w) for w in words], threshold, seed)
     names: dict[int, int] = {}
-    return [names.setdefault(_root(parents, i), len(names)) for i in range(len(texts))]
+    return [names.setdefault(label, len(names)) for label in sets.labels]
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -83,25 +82,44 @@ def _shingles(words: list[str]) -> frozenset[str]:
     return frozenset((*words, *(" ".join(words[i : i + 3]) for i in range(len(words) - 2))))
 
 
-def _join_equal(parents: list[int], keys: Sequence[str]) -> None:
-    first: dict[str, int] = {}
-    for i, key in enumerate(keys):
-        if key:
-            _join(parents, first.setdefault(key, i), i)
+class _Sets:
+    """Disjoint sets of row numbers. Each row knows its label; joining relabels the smaller set."""
+
+    def __init__(self, count: int) -> None:
+        self.labels = list(range(count))
+        self._members = [[i] for i in range(count)]
+
+    def join(self, one: int, other: int) -> None:
+        small, large = sorted((self.labels[one], self.labels[other]), key=lambda label: len(self._members[label]))
+        if small != large:
+            for i in self._members[small]:
+                self.labels[i] = large
+            self._members[large] += self._members[small]
+            self._members[small] = []
+
+    def join_equal(self, keys: Sequence[str]) -> None:
+        """Joins the rows with the same key; an empty key joins nothing."""
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key:
+                self.join(first.setdefault(key, i), i)
 
 
-def _join_similar(parents: list[int], rows: list[int], sets: list[frozenset[str]], threshold: float, seed: int) -> None:
+def _join_similar(sets: _Sets, rows: Sequence[frozenset[str]], threshold: float, seed: int) -> None:
     bands, size = _bands(threshold)
-    hashes = rensa.RMinHash.from_token_sets([list(s) for s in sets], bands * size, seed)
+    hashes = rensa.RMinHash.from_token_sets([list(row) for row in rows], bands * size, seed)
     index = rensa.RMinHashLSH(threshold, bands * size, bands)
     index.insert_many(hashes)
+    labels = sets.labels
+    counts = [len(row) for row in rows]
     for i, candidates in enumerate(index.query_all(hashes)):
-        mine, here = sets[i], rows[i]
+        mine, count = rows[i], counts[i]
+        least, most = threshold * count - 1e-9, count / threshold + 1e-9
         for j in candidates:
-            if j < i and _root(parents, rows[j]) != _root(parents, here):
-                shared = len(mine & sets[j])
-                if shared + 1e-9 >= threshold * (len(mine) + len(sets[j]) - shared):
-                    _join(parents, rows[j], here)
+            if j < i and labels[j] != labels[i] and least <= counts[j] <= most:
+                shared = len(mine & rows[j])
+                if shared and shared + 1e-9 >= threshold * (count + counts[j] - shared):
+                    sets.join(i, j)
 
 
 def _bands(threshold: float) -> tuple[int, int]:
@@ -109,18 +127,6 @@ def _bands(threshold: float) -> tuple[int, int]:
     fits = [r for r in range(1, 17) if (1 - threshold**r) ** (PERMUTATIONS // r) <= MAX_MISS]
     size = max(fits, default=1)
     return PERMUTATIONS // size, size
-
-
-def _root(parents: list[int], i: int) -> int:
-    while parents[i] != i:
-        parents[i] = parents[parents[i]]
-        i = parents[i]
-    return i
-
-
-def _join(parents: list[int], one: int, other: int) -> None:
-    a, b = _root(parents, one), _root(parents, other)
-    parents[max(a, b)] = min(a, b)
 
 
 def _answer(example: Example) -> str:

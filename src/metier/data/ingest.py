@@ -36,8 +36,8 @@ MAX_RATIO = 200
 class Found:
     """A demonstration that a reader found.
 
-    `where` is the document's `where`, or that and `:line` or `#page`. `answer` is a text, or any JSON value. Rows of one
-    document stay on one side of every split; a document that is a table of independent rows gives each its own `group`.
+    `where` is the document's `where`, or that and `:line` or `#page`. `answer` is a text, or any JSON value. Rows of
+    one document stay in one split; where a document is a table of independent rows, each gets a `group` of its own.
     """
 
     where: str
@@ -55,7 +55,7 @@ class Rejected:
 
 
 def paths(loaded: config.Loaded, patterns: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, path) of every file that matches, sorted by name: relative to the specialist's folder where it lies inside.
+    """(name, path) of every file that matches, sorted by name, which is relative where the file is in the folder.
 
     `*` and `?` stay within a name, `**` stands for any number of folders, and names that start with a dot must be
     spelled out. Each pattern must match a file; links that lead out, FIFOs and unreadable files are errors.
@@ -346,13 +346,14 @@ class _Fresh(importlib.machinery.SourceFileLoader):
     """Runs the source as it is now, and leaves no `__pycache__` beside the specialist."""
 
     def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)  # type: ignore[no-any-return]
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _module(reader: Path) -> Any:
     name = f"_metier_reader_{hashlib.sha256(os.fsencode(reader)).hexdigest()[:16]}"
     spec = importlib.util.spec_from_loader(name, _Fresh(name, str(reader)), origin=str(reader))
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up here
     spec.loader.exec_module(module)
@@ -366,11 +367,13 @@ def _module(reader: Path) -> Any:
 
 
 def _reading(value: Any) -> Found | Rejected:
-    if isinstance(value, Found) and isinstance(value.input, str) and isinstance(value.where, str):
-        return value
-    if isinstance(value, Rejected) and isinstance(value.where, str) and value.reason:
-        return value
-    raise TypeError(f"examples(documents) yielded {str(value)[:80]!r}; it must yield Found and Rejected, with texts")
+    texts = {Found: ("where", "input", "group"), Rejected: ("where", "reason")}.get(type(value), ())
+    if not texts or not all(isinstance(getattr(value, name), str) for name in texts) or not value.where:
+        raise TypeError(
+            f"examples(documents) yielded {str(value)[:80]!r}; it must yield Found and Rejected, with texts"
+        )
+    value.where.encode("utf-8")
+    return value  # type: ignore[no-any-return]
 
 
 def _reader_error(reader: Path, error: BaseException, document: str) -> DataError:

@@ -24,8 +24,8 @@ def split(examples: Sequence[Example], sizes: Sizes, seed: int) -> tuple[dict[st
     _hold_enough(len(names), sizes)
     test, valid = names[: sizes.test], names[sizes.test : sizes.test + sizes.valid]
     rest = names[sizes.test + sizes.valid :]
-    rounds = max((len(groups[g]) for g in rest), default=0)
-    train = [groups[g][k] for k in range(rounds) for g in rest if k < len(groups[g])]
+    places = sorted((k, n) for n, g in enumerate(rest) for k in range(len(groups[g])))
+    train = [groups[rest[n]][k] for k, n in places]
     splits = {
         "train": train[: sizes.train],
         "valid": [groups[g][0] for g in valid],
@@ -58,8 +58,8 @@ def _hold_enough(groups: int, sizes: Sizes) -> None:
         valid, test = (max(1, groups * n // whole) for n in (sizes.valid, sizes.test))
         fix = f"give more data, or set data.sizes.valid={valid} and data.sizes.test={test}"
     raise DataError(
-        f"{groups:,} groups of different examples are too few for {sizes.valid:,} validation and {sizes.test:,} test rows"
-        " of different groups",
+        f"{groups:,} groups of different examples are too few for {sizes.valid:,} validation rows and"
+        f" {sizes.test:,} test rows, each of another group",
         where="data.sizes",
         fix=fix,
     )

@@ -48,16 +48,19 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
     lora.load(model, trained / "adapter")
     decoding = Decoding(spec.prove.max_new_tokens, spec.prove.temperature, spec.prove.top_p, spec.seed)
 
+    shared: dict[str, int] = {}
     done = _whole_lines(work / OUTPUTS)
     with runs.stoppable() as stop, progress.bar("prove", len(cases) * len(spec.prove.arms), "answers", len(done)) as bar:
         for arm in spec.prove.arms:
             prompts = [renderer.prompt(asks[arm](case)) for case in cases]
+            shared[arm] = generate.common_prefix(prompts)
             skip = frozenset(i for i, case in enumerate(cases) if (case.id, arm) in done)
             for batch in answers(model, prompts, renderer, decoding, tuned=arm == "tuned", skip=skip):
                 found = [_completion(cases[i], arm, prompts[i], g, renderer) for i, g in batch]
                 _append(work / OUTPUTS, found)
                 bar(len(found), arm)
                 stop.check()
+    runs.write_json(work / "shared.json", shared)
     runs.write(work / SCORES, records.lines(_scores(cases, work / OUTPUTS, task["schema"], spec.prove.arms)))
 
 

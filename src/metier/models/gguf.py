@@ -326,7 +326,8 @@ def _library() -> ModuleType:
         import gguf.quants
     except ImportError as error:
         raise needs_extra("gguf", "train") from error
-    return gguf
+    library: ModuleType = gguf
+    return library
 
 
 def _shown(value: object) -> str:

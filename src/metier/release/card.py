@@ -38,7 +38,9 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
 def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[str, Any]:
     tuned = verdict["arms"]["tuned"]
     metrics = [
-        {"type": "accuracy", "name": name, "value": round(tuned[name], 4)} for name in ("all", "schema") if name in tuned
+        {"type": "accuracy", "name": name, "value": round(tuned[name], 4)}
+        for name in ("all", "schema")
+        if name in tuned
     ]
     task = {"type": "text-generation"}
     data = {"name": loaded.spec.name, "type": "private"}
@@ -48,9 +50,7 @@ def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[s
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["metier", "lora"],
-        "model-index": [
-            {"name": loaded.spec.name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}
-        ],
+        "model-index": [{"name": loaded.spec.name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}],
     }
 
 

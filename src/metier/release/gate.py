@@ -1,9 +1,9 @@
 """May it ship: what the scores say about each claim that was registered before training.
 
-An interval decides, not a point (see docs on the proof). A claim passes where its interval lies on the good side of what
-would refute it and its estimate reaches what was asked; it fails where the interval lies wholly on the bad side; between
-the two the evidence cannot tell, and the claim says how many cases would. A score of None is a case nobody could judge:
-it is left out and counted, never read as 0.
+An interval decides, not a point. A claim passes where its interval excludes what would refute it and its estimate
+reaches what was asked; it fails where the interval lies wholly on the bad side; between the two the evidence cannot
+tell, and the claim says how many cases would. A score of None is a case that its grader could not judge: it is left out
+and counted, never read as 0.
 
 Pure: records in, `verdict.json` out. The order of the records does not matter.
 """
@@ -27,9 +27,9 @@ MAX_MISSING = 0.02
 FORMAT_TOLERANCE = 0.02
 """How far under `at_least` the interval of a format claim may reach.
 
-Asking for an interval wholly above .99 would pass only a flawless run of 368 cases, and would fail to pass a model that is
-right 999 times in 1,000 in a third of all proofs of 400 cases. So the observed share must reach `at_least`, and a share
-two points lower must be ruled out: 400 cases allow 4 failures, 60 cases allow none and still cannot tell.
+An interval wholly above .99 takes 368 flawless cases, and one failure in 400 would undo it: a model that is valid 999
+times in 1,000 would not pass in a third of all proofs. So the observed share must reach `at_least`, and a share two
+points lower must be ruled out. At .99, 400 cases may hold 4 failures; 121 flawless cases are too few, 122 are enough.
 """
 
 _FINEST = 0.005
@@ -63,7 +63,9 @@ def verdict(
         "verdict": decision,
         "note": note,
         "claims": claims,
-        "arms": {arm: _arm(arm, values, len(cases[arm]), costs[arm], prove.confidence) for arm in _ordered(cases, prove)},
+        "arms": {
+            arm: _arm(arm, values, len(cases[arm]), costs[arm], prove.confidence) for arm in _ordered(cases, prove)
+        },
         "sealed": dict(sealed),
     }
 
@@ -77,17 +79,15 @@ def decision(verdict: Mapping[str, Any]) -> str:
     """The decision and its reason as one sentence."""
     claims = verdict["claims"]
     if verdict["verdict"] == SHIP:
-        held = "the one claim holds" if len(claims) == 1 else f"all {len(claims)} claims hold"
-        return f"Ship: {held}."
+        return f"Ship: {'the one claim holds' if len(claims) == 1 else f'all {len(claims)} claims hold'}."
     if verdict["verdict"] == DO_NOT_SHIP:
         failed = [c["claim"] for c in claims if c["result"] == "fail"]
-        return f"Do not ship: {_listed(failed)} {'fails' if len(failed) == 1 else 'fail'}."
+        return f"Do not ship: {_claims_named(failed)} {'does' if len(failed) == 1 else 'do'} not hold."
     if verdict["note"]:
         return f"Cannot tell: {verdict['note']}."
     unclear = [c for c in claims if c["result"] == "unclear"]
-    needs = max(c["needs"] for c in unclear)
-    names, verb = _listed([c["claim"] for c in unclear]), "is" if len(unclear) == 1 else "are"
-    return f"Cannot tell: {names} {verb} unclear; about {needs:,} cases would tell."
+    names, verb = _claims_named([c["claim"] for c in unclear]), "is" if len(unclear) == 1 else "are"
+    return f"Cannot tell: {names} {verb} unclear; about {max(c['needs'] for c in unclear):,} cases would tell."
 
 
 def _values(scores: Iterable[Score]) -> Values:
@@ -101,7 +101,7 @@ def _values(scores: Iterable[Score]) -> Values:
 
 def _ordered(arms: Iterable[str], prove: Prove) -> list[str]:
     """The arms as the settings list them, any other after them."""
-    rank = {arm: place for place, arm in enumerate(prove.arms)}
+    rank: dict[str, int] = {arm: place for place, arm in enumerate(prove.arms)}
     return sorted(arms, key=lambda arm: (rank.get(arm, len(rank)), arm))
 
 
@@ -310,7 +310,10 @@ def _decide(results: Sequence[str], sealed: Mapping[str, Any]) -> tuple[str, str
     if set(results) != {"pass"}:
         return CANNOT_TELL, ""
     if sealed.get("registered_before_training") is False:
-        return CANNOT_TELL, "every claim holds, but the claims were registered after training, when they could be chosen to fit"
+        return (
+            CANNOT_TELL,
+            "every claim holds, but the claims were registered after training, when they could be chosen to fit",
+        )
     return SHIP, ""
 
 
@@ -366,6 +369,8 @@ def _points(share: float) -> str:
     return f"{share * 100:g} points"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _claims_named(names: Sequence[str]) -> str:
     quoted = [f"“{n}”" for n in names]
-    return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " and " + quoted[-1]
+    if len(quoted) == 1:
+        return f"the claim {quoted[0]}"
+    return f"the claims {', '.join(quoted[:-1])} and {quoted[-1]}"

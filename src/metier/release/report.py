@@ -1,8 +1,9 @@
 """The proof as one page that a person can read, keep, print and send.
 
 Reads a run folder and writes nothing: `report` returns the page. Everything on it comes from files of the run and the
-versions installed here, so the same run gives the same bytes. The page reaches for nothing outside itself and runs no script; what documents, settings
-and models wrote is shown as text, and characters that could disguise a text are made visible.
+versions installed here, so the same run gives the same bytes. The page reaches for nothing outside itself and runs no
+script; what documents, settings and models wrote is shown as text, and characters that could disguise a text are made
+visible.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,12 +54,9 @@ OUTCOMES = (
 GRADERS = {PARSES: "parses as JSON", SCHEMA: "valid by schema", ALL: "all right"}
 PACKAGES = ("metier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
-_PLACE = re.compile(r"\S+[:#]\d+")
-
 # C0 and C1 controls, and the marks that reorder or hide text, as characters that can be seen.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | {
-    code: "\ufffd" for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF)
-}
+_DISGUISES = (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF)
+_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | dict.fromkeys(_DISGUISES, "\ufffd")
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,6 @@ class Proof:
     spec: config.Spec
     settings: str
     dataset: dict[str, Any]
-    reasons: list[tuple[str, str, int]]
     card: str
     cases: dict[str, Example]
     metrics: list[dict[str, Any]]
@@ -156,7 +152,6 @@ def _read(run: Path, proof: Path) -> Proof:
         spec=config.load(settings).spec,
         settings=settings.read_text("utf-8"),
         dataset=runs.read_json(run / "data" / "dataset.json"),
-        reasons=_reasons(run / "data" / "ledger.jsonl"),
         card=card.read_text("utf-8") if card.is_file() else "",
         cases={example.id: example for example in records.examples(run / "data" / "test.jsonl")},
         metrics=_lines(run / "train" / "metrics.jsonl"),
@@ -174,13 +169,6 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in records.objects(path)] if path.is_file() else []
-
-
-def _reasons(ledger: Path) -> list[tuple[str, str, int]]:
-    """(fate, reason, rows), most frequent first; reasons that differ only in the row they point to count as one."""
-    count = Counter((row.get("fate", ""), _PLACE.sub("…", row.get("reason") or "")) for row in _lines(ledger))
-    ranked = sorted(count.items(), key=lambda item: (-item[1], item[0]))
-    return [(fate, reason, rows) for (fate, reason), rows in ranked]
 
 
 # Sections, from the top of the page down
@@ -354,7 +342,11 @@ def _outcomes(proof: Proof) -> list[dict[str, Any]]:
     for arm in proof.arms:
         answers = proof.outputs.get(arm, {})
         count = Counter(_outcome(proof, arm, case) for case in answers)
-        parts = [{"kind": kind, "count": count[kind], "share": count[kind] / len(answers)} for kind, _ in OUTCOMES if count[kind]]
+        parts = [
+            {"kind": kind, "count": count[kind], "share": count[kind] / len(answers)}
+            for kind, _ in OUTCOMES
+            if count[kind]
+        ]
         cut = sum(answer.finish == "length" for answer in answers.values())
         rows.append({"arm": arm, "parts": parts, "cut": cut} | _mark(arm))
     return rows
@@ -443,14 +435,16 @@ def _case(proof: Proof, name: str) -> dict[str, Any]:
 
 
 def _case_answer(proof: Proof, arm: str, case: str, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm's answer: a cell for each expected field where it is an object, else its text."""
     completion = proof.outputs[arm][case]
     answer = _answer(completion.text) if expected else None
-    cells = [
-        {"text": _cut(_text(answer[f]), MAX_VALUE) if f in answer else "missing", "right": _right(proof, arm, case, f, expected, answer)}
-        for f in (expected if answer is not None else ())
-    ]
-    extra = {} if answer is None else {k: v for k, v in answer.items() if k not in expected}
-    whys = {g: proof.scores.get((arm, g), {}).get(case) for g in (PARSES, SCHEMA)}
+    cells, extra = [], {}
+    if answer is not None:
+        rights = [_right(proof, arm, case, field, expected, answer) for field in expected]
+        texts = [_cut(_text(answer[field]), MAX_VALUE) if field in answer else "missing" for field in expected]
+        cells = [{"text": text, "right": right} for text, right in zip(texts, rights, strict=True)]
+        extra = {k: v for k, v in answer.items() if k not in expected}
+    form = [proof.scores.get((arm, g), {}).get(case) for g in (PARSES, SCHEMA)]
     return {
         "arm": arm,
         "right": proof.value(arm, ALL, case),
@@ -458,7 +452,7 @@ def _case_answer(proof: Proof, arm: str, case: str, expected: Mapping[str, Any])
         "text": _cut(completion.text, MAX_ANSWER),
         "extra": _cut(_text(extra), MAX_VALUE) if extra else "",
         "cut": completion.finish == "length",
-        "why": next((_cut(s.why, 200) for s in whys.values() if s and s.value == 0 and s.why), ""),
+        "why": next((_cut(s.why, 200) for s in form if s and s.value == 0 and s.why), ""),
     } | _mark(arm)
 
 
@@ -548,13 +542,17 @@ def _pays(proof: Proof, rival: str | None) -> str:
 
 def _data(proof: Proof) -> dict[str, Any]:
     dataset = proof.dataset
-    splits = [(name, *(f"{s.get(k, 0):,}" for k in ("rows", "groups", "tokens", "supervised_tokens"))) for name, s in dataset["splits"].items()]
-    lost = [r for r in proof.reasons if r[0] != "used"]
+    splits = [
+        (name, *(f"{s.get(k, 0):,}" for k in ("rows", "groups", "tokens", "supervised_tokens")))
+        for name, s in dataset["splits"].items()
+    ]
+    reasons = list(dataset.get("reasons", {}).items())
     return {
         "counts": dataset["counts"],
         "splits": splits,
-        "reasons": [(f, _cut(r, 160), n) for f, r, n in lost[:REASONS]],
-        "more": max(0, len(lost) - REASONS),
+        "reasons": reasons[:REASONS],
+        "more": max(0, len(reasons) - REASONS),
+        "findings": dataset.get("findings", []),
         "seal": dataset["seal"],
         "opened": dataset["opened"],
         "attribution": proof.spec.data.attribution or "",
@@ -567,7 +565,11 @@ def _hashes(proof: Proof) -> list[tuple[str, str]]:
     rows = [("claims, registered", sealed.get("registered")), ("test set, sealed", sealed.get("seal"))]
     rows += [(f"data/{name}", value) for name, value in proof.dataset["hashes"].items()]
     rows += [(f"training input: {name}", value) for name, value in proof.trained.get("inputs", {}).items()]
-    adapter = {n: h for n, h in proof.trained.get("outputs", {}).items() if n.endswith(".safetensors") and "checkpoint" not in n}
+    adapter = {
+        n: h
+        for n, h in proof.trained.get("outputs", {}).items()
+        if n.endswith(".safetensors") and "checkpoint" not in n
+    }
     rows += [(f"train/{name}", value) for name, value in adapter.items()]
     return [(name, value) for name, value in rows if isinstance(value, str) and value]
 
@@ -584,31 +586,54 @@ def _versions() -> list[tuple[str, str]]:
 
 def _limits(proof: Proof) -> list[str]:
     """What this page does not show, as far as the files tell."""
-    claims, spec = proof.verdict["claims"], proof.spec
+    spec = proof.spec
     out = [
-        f"One training run, seed {spec.seed}. The intervals say how another draw of cases would move the figures, not how "
-        "another seed would.",
+        f"One training run, seed {spec.seed}. The intervals say how another draw of cases would move the figures, not "
+        "how another seed would.",
         "The test cases come from the same sources as the training rows. Inputs of another kind were not tried.",
-        "Only this task was measured. Whether the specialist lost general ability or became less safe is not known from "
-        "this page.",
+        "Only this task was measured. Whether the specialist lost general ability or became less safe is not known "
+        "from this page.",
     ]
     if spec.task.prompt is None and set(proof.arms) & set(gate.PROMPTS):
         out.append("The prompt was put together from the instruction and the schema. A better one may exist.")
-    found = [c["smallest_detectable"] for c in claims if c["against"] and c["smallest_detectable"] is not None]
-    if found:
-        out.append(f"A true difference under {max(found) * 100:.1f} points would be missed more often than one time in five.")
-    unclustered = [c for c in claims if not c["against"] and c["clusters"] < c["n"]]
-    out += [f"The interval of “{c['claim']}” counts {c['n']:,} cases as independent; they come in {c['clusters']:,} groups." for c in unclustered]
-    missing = [(arm, _grader_name(g), n) for arm in proof.arms for g in proof.graders if (n := _unjudged(proof, arm, g))]
-    out += [f"{n:,} answers of {arm} could not be judged by “{name}” and are left out of its figures." for arm, name, n in missing]
-    cut = [(row["arm"], row["cut"]) for row in _outcomes(proof) if row["cut"]]
-    out += [f"{n:,} answers of {arm} were cut at {spec.prove.max_new_tokens} tokens and judged as they stood." for arm, n in cut]
-    if proof.dataset["opened"] > 1:
-        out.append(f"The test set was opened {proof.dataset['opened']} times. Every look makes a good result a little easier to find by chance.")
-    if proof.verdict["sealed"].get("registered_before_training") is False:
-        out.append("The claims were registered after training.")
     if spec.prove.temperature > 0:
         out.append(f"Answers were sampled at temperature {spec.prove.temperature:g}, once each.")
+    return [*out, *_limits_of_claims(proof), *_limits_of_answers(proof), *_limits_of_seal(proof)]
+
+
+def _limits_of_claims(proof: Proof) -> list[str]:
+    claims = proof.verdict["claims"]
+    found = [c["smallest_detectable"] for c in claims if c["against"] and c["smallest_detectable"] is not None]
+    least = (
+        f"A true difference under {max(found, default=0) * 100:.1f} points would be missed more than one time in five."
+    )
+    clustered = [c for c in claims if not c["against"] and c["clusters"] < c["n"]]
+    return ([least] if found else []) + [
+        f"The interval of “{c['claim']}” counts {c['n']:,} cases as independent; they come in {c['clusters']:,} groups."
+        for c in clustered
+    ]
+
+
+def _limits_of_answers(proof: Proof) -> list[str]:
+    pairs = [(arm, grader) for arm in proof.arms for grader in proof.graders]
+    missing = [(arm, _grader_name(grader), _unjudged(proof, arm, grader)) for arm, grader in pairs]
+    cut = [(row["arm"], row["cut"]) for row in _outcomes(proof)]
+    out = [
+        f"{n:,} answers of {arm} could not be judged by “{name}” and are left out of its figures."
+        for arm, name, n in missing
+        if n
+    ]
+    most = proof.spec.prove.max_new_tokens
+    return out + [f"{n:,} answers of {arm} were cut at {most} tokens and judged as they stood." for arm, n in cut if n]
+
+
+def _limits_of_seal(proof: Proof) -> list[str]:
+    opened = proof.dataset["opened"]
+    out = []
+    if opened > 1:
+        out.append(f"The test set was opened {opened} times. Every look makes a good result easier to find by chance.")
+    if proof.verdict["sealed"].get("registered_before_training") is False:
+        out.append("The claims were registered after training.")
     return out
 
 
@@ -718,5 +743,3 @@ def _render(context: Mapping[str, Any]) -> str:
     page = environment.get_template("report.html.j2").render(context)
     # No style sheet imports anything; a text that quotes one must not look, to a scanner, as if ours did.
     return page.replace("@import", "&#64;import")
-
-

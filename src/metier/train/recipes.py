@@ -182,7 +182,7 @@ def _finish(
         seconds=log.seconds,
     )
     runs.write_json(work / "plan.json", done)
-    runs.write_json(work / "registered.json", registration(loaded))
+    runs.write_json(work / "registered.json", config.registration(loaded.spec))
     metrics = [line for _, line in records.objects(work / METRICS)]
     runs.write(work / "loss.svg", plots.loss_plot(metrics))
     last = [m["loss"] for m in metrics if "loss" in m][-10:]
@@ -193,12 +193,6 @@ def _finish(
         "tokens_per_second": done["tokens_per_second"],
         "memory_gb": done["memory_gb"],
     }
-
-
-def registration(loaded: Loaded) -> dict[str, Any]:
-    """What the proof will claim and how it will measure, with its hash: fixed before training."""
-    stated = {"task": config.tree(loaded.spec.task), "prove": config.tree(loaded.spec.prove)}
-    return {"registered": runs.digest(stated), **stated}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
