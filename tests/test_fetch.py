@@ -147,7 +147,7 @@ def test_a_python_that_does_not_start_is_a_resource_error(
 def test_a_full_disk_names_needed_and_free_bytes(package: fetch.Package, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "Downloading tiny_corpus-1.2-py3-none-any.whl (92.9 MB)\nERROR: [Errno 28] No space left on device\n"
     monkeypatch.setattr(fetch, "_run", lambda argv, work: (1, said))
-    with pytest.raises(ResourceError, match="185,800,000 bytes needed, .* bytes free"):
+    with pytest.raises(ResourceError, match=r"185,800,000 bytes needed, .* bytes free"):
         fetch.wheel(package)
 
 
@@ -166,7 +166,7 @@ def test_pip_gets_a_fixed_command_line_and_a_bare_environment(
         seen.update(settings, argv=argv)
         return subprocess.CompletedProcess(argv, 1, b"ERROR: no")
 
-    monkeypatch.setenv("PYTHONPATH", "/tmp")
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(ResourceError):

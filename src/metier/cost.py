@@ -6,6 +6,7 @@ stopwatch, so that the same answers always cost the same. Seconds as they were m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -18,7 +19,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         rates = (self.prefill_tokens_per_second, self.decode_tokens_per_second)
-        assert all(0 < rate < float("inf") for rate in rates), f"rates must be positive and finite: {rates}"
+        assert all(0 < rate < math.inf for rate in rates), f"rates must be positive and finite: {rates}"
 
 
 def arm_cost(
@@ -50,5 +51,5 @@ def training_cost(seconds: float, dollars_per_hour: float) -> float:
 
 def answers_to_break_even(dollars: float, ours_per_1000: float, theirs_per_1000: float) -> int | None:
     """Answers after which the dollars spent on training have come back; None where ours is not the cheaper arm."""
-    saved = (theirs_per_1000 - ours_per_1000) / 1000
-    return -int(-dollars // saved) if saved > 0 else None
+    saved_per_1000 = theirs_per_1000 - ours_per_1000
+    return math.ceil(1000 * dollars / saved_per_1000) if saved_per_1000 > 0 else None

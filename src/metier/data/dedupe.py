@@ -12,8 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-import rensa
-
+from metier.errors import needs_extra
 from metier.records import Example
 
 MAX_MISS = 1e-4
@@ -106,6 +105,10 @@ class _Sets:
 
 
 def _join_similar(sets: _Sets, rows: Sequence[frozenset[str]], threshold: float, seed: int) -> None:
+    try:
+        import rensa
+    except ImportError as error:
+        raise needs_extra("rensa", "data") from error
     bands, size = _bands(threshold)
     hashes = rensa.RMinHash.from_token_sets([list(row) for row in rows], bands * size, seed)
     index = rensa.RMinHashLSH(threshold, bands * size, bands)

@@ -17,6 +17,7 @@ import sys
 import traceback
 import types
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -205,7 +206,7 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
         return not parts
     if pattern[0] == "**":
         inner = pattern[1:] or ("*",)
-        return _fits(parts, inner) or (len(parts) > 1 and parts[0][0] != "." and _fits(parts[1:], pattern))
+        return _fits(parts, inner) or (len(parts) > 1 and not parts[0].startswith(".") and _fits(parts[1:], pattern))
     return bool(parts) and _fits_name(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
@@ -293,7 +294,7 @@ def _members(package: config.Package) -> Iterator[Document | Rejected]:
                     yield Rejected(where, f"too_large: over {MAX_DOCUMENT_BYTES:,} bytes")
                 else:
                     yield _document(where, archive.read(info))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise DataError(
             f"the package is not a whole wheel: {error}", where=str(wheel), fix="delete that file and run again"
         ) from error

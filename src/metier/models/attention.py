@@ -45,7 +45,8 @@ class Rows:
         p = self.prefix
         kp_PJD, vp_PJD = k_TJD[:p], v_TJD[:p]
         if self.cache is not None:
-            kp_PJD, vp_PJD = self.cache.prefix_of(layer)
+            if self.cache.prefix:
+                kp_PJD, vp_PJD = self.cache.prefix_of(layer)
             self.cache.keep(layer, k_TJD, v_TJD, self)
         if self.longest > LONG:
             rows = self._one_by_one(q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, scale)

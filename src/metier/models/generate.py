@@ -158,7 +158,7 @@ class _Draw:
         if self.decoding.temperature == 0:
             return logits_BV.argmax(-1)
         probs = (logits_BV / self.decoding.temperature).softmax(-1)
-        sorted_BV, token_BV = probs.sort(-1, descending=True, stable=True)
+        sorted_BV, token_BV = probs.sort(dim=-1, descending=True, stable=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
         kept_BV = sorted_BV.masked_fill(before_BV >= self.decoding.top_p, 0)
         uniform = torch.tensor([_uniform(self.decoding.seed, self.indices[r], position) for r in alive])

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -92,8 +92,9 @@ def to_folder(path: str | Path, folder: str | Path) -> Header:
     Files: config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, and
     chat_template.jinja where the file has a template (only the default one; sampling hints are not carried over).
     The same file gives the same bytes. Weights are float32 whatever they were, since no smaller type holds every
-    dequantised value: the folder takes four bytes a parameter, so 0.54 GB for 135 M and 4 GB for 1 B. Memory stays
-    at a few MB, since a tensor is expanded a few rows at a time. Nothing is fsynced: the caller publishes.
+    dequantised value: the folder takes four bytes a parameter, so 0.54 GB for 135 M and 4 GB for 1 B. A tensor is
+    expanded a few rows at a time, so memory holds the mapped file, the vocabulary and some MB of values. Nothing is
+    fsynced: the caller publishes, and throws the folder away where this raises.
     """
     path, folder = Path(path), Path(folder)
     if any(folder.iterdir()):
@@ -113,25 +114,29 @@ def to_folder(path: str | Path, folder: str | Path) -> Header:
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     """The file's bytes, mapped for reading; refused when it changed before the block ended."""
-    try:
-        with path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode) or before.st_size == 0:
-                raise ModelError("not a GGUF file: it is empty or not a regular file", where=str(path), fix=_BROKEN)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            try:
-                yield data
-                after = os.fstat(file.fileno())
-            finally:
-                # An exception on its way up can still hold views of the map; the map then closes with them.
-                with contextlib.suppress(BufferError):
-                    data.close()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ModelError("no GGUF file there", where=str(path), fix="check the path of the .gguf file") from error
-    except PermissionError as error:
-        raise ResourceError("the GGUF file may not be read", where=str(path), fix="check its permissions") from error
+    with _opened(path) as file:
+        before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode) or before.st_size == 0:
+            raise ModelError("not a GGUF file: it is empty or not a regular file", where=str(path), fix=_BROKEN)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            yield data
+        finally:
+            # An exception on its way up can still hold views of the map; the map then closes with them.
+            with contextlib.suppress(BufferError):
+                data.close()
+        after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ModelError("the GGUF file changed while it was read", where=str(path), fix="wait for the copy to end")
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except PermissionError as error:
+        raise ResourceError("the GGUF file may not be read", where=str(path), fix="check its permissions") from error
+    except OSError as error:
+        raise ModelError("no GGUF file there", where=str(path), fix="check the path of the .gguf file") from error
 
 
 class _Cursor:

@@ -92,6 +92,7 @@ def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrained
     try:
         import torch
         import transformers
+        from safetensors import SafetensorError
 
         from metier.models import attention
     except ModuleNotFoundError as error:
@@ -113,7 +114,7 @@ def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrained
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot be loaded: {str(error).splitlines()[0]}", where=str(base.folder), fix="fetch the model again"
         ) from error

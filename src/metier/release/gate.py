@@ -46,7 +46,7 @@ def verdict(
     prove: Prove,
     *,
     sealed: Mapping[str, Any],
-    costs: Mapping[str, Mapping[str, float]],
+    costs: Mapping[Any, Mapping[str, float]],
 ) -> dict[str, Any]:
     """`verdict.json` as the contract has it.
 
@@ -246,7 +246,7 @@ def _format_result(share: float, interval: stats.Interval, at_least: float) -> t
         return "fail", f"the interval lies below {asked}"
     if share >= at_least:
         return "unclear", f"the share reaches {asked}, but the interval does not rule out {floor}"
-    return "unclear", f"the share is below {asked}, but the interval is not"
+    return "unclear", f"the share is below {asked}, but the interval reaches it"
 
 
 def _format_needs(share: float, at_least: float, confidence: float, n: int) -> int:

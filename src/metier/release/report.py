@@ -18,8 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from metier import config, cost, plots, records, runs
-from metier.errors import needs_extra
 from metier.progress import clock
 from metier.records import Completion, Example, Score
 from metier.release import gate
@@ -421,7 +423,8 @@ def _case(proof: Proof, name: str) -> dict[str, Any]:
     asked = next((m.content for m in reversed(example.prompt) if m.role == "user"), "")
     expected = _expected(proof, name)
     answers = [_case_answer(proof, arm, name, expected) for arm in proof.arms if name in proof.outputs.get(arm, {})]
-    ours: dict[str, Any] = next((a for a in answers if a["arm"] == OURS), {})
+    ours: list[dict[str, Any]] = next((a["cells"] for a in answers if a["arm"] == OURS), [])
+    wrong = [field for field, cell in zip(expected, ours, strict=True) if cell["right"] is False] if ours else []
     return {
         "id": name,
         "excerpt": " ".join(asked.split())[:160],
@@ -429,7 +432,7 @@ def _case(proof: Proof, name: str) -> dict[str, Any]:
         "fields": list(expected),
         "expected": [_cut(_text(v), MAX_VALUE) for v in expected.values()],
         "expected_text": "" if expected else _cut(_text(example.expected), MAX_ANSWER),
-        "wrong": [f for f, cell in zip(expected, ours.get("cells", ()), strict=False) if cell["right"] is False],
+        "wrong": wrong or ([NOT_JSON] if expected and not ours else []),
         "answers": answers,
     }
 
@@ -619,12 +622,14 @@ def _limits_of_answers(proof: Proof) -> list[str]:
     missing = [(arm, _grader_name(grader), _unjudged(proof, arm, grader)) for arm, grader in pairs]
     cut = [(row["arm"], row["cut"]) for row in _outcomes(proof)]
     out = [
-        f"{n:,} answers of {arm} could not be judged by “{name}” and are left out of its figures."
+        f"Of {arm}’s answers, {n:,} could not be judged by “{name}”; its figures leave them out."
         for arm, name, n in missing
         if n
     ]
     most = proof.spec.prove.max_new_tokens
-    return out + [f"{n:,} answers of {arm} were cut at {most} tokens and judged as they stood." for arm, n in cut if n]
+    return out + [
+        f"Of {arm}’s answers, {n:,} reached the limit of {most} tokens, judged as they stood." for arm, n in cut if n
+    ]
 
 
 def _limits_of_seal(proof: Proof) -> list[str]:
@@ -723,12 +728,6 @@ def _cut(text: str, most: int) -> str:
 
 
 def _render(context: Mapping[str, Any]) -> str:
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        raise needs_extra("jinja2", "report") from error
-
     def seen(value: Any) -> Any:
         return value if isinstance(value, Markup) or not isinstance(value, str) else value.translate(_VISIBLE)
 

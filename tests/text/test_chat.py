@@ -1,0 +1,115 @@
+"""One renderer: equal to the model's own template, supervising exactly the answer, and deaf to typed control tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHATML, SPECIAL, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metier.errors import DataError, ModelError
+from metier.records import Message
+from metier.text.chat import Renderer
+
+TEXTS = st.lists(
+    st.sampled_from([*"aZ 0.\n\t{}\"<|>木é", *SPECIAL, "<|im_", "start|>", "\u200b", "＜|im_end|＞"]), max_size=12
+).map("".join)
+
+
+def own_ids(renderer: Renderer, messages: list[Message], *, ask: bool) -> list[int]:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(renderer.folder / "tokenizer.json"))
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    out = tokenizer.apply_chat_template(
+        chat, chat_template=CHATML, tokenize=True, add_generation_prompt=ask, return_dict=False
+    )
+    return list(out)
+
+
+def test_equals_the_models_own_template(renderer: Renderer) -> None:
+    messages = [Message("system", "Be  brief.\n"), Message("user", "two\n\nlines 木"), Message("assistant", "yes 12")]
+    assert list(renderer.render(messages).ids) == own_ids(renderer, messages, ask=False)
+    assert list(renderer.prompt(messages[:2])) == own_ids(renderer, messages[:2], ask=True)
+
+
+def test_supervises_the_answer_and_its_end_and_nothing_else(renderer: Renderer) -> None:
+    out = renderer.render([Message("user", "a"), Message("assistant", "one"), Message("assistant", "two")])
+    learnt = [int(i) for i in out.ids[out.supervised]]
+    assert learnt.count(2) == 2 and learnt[-1] == 2
+    assert renderer.parse(learnt) == "onetwo"
+
+
+@settings(max_examples=150, deadline=None)
+@given(user=TEXTS, answer=TEXTS)
+def test_typed_control_tokens_stay_text(renderer: Renderer, user: str, answer: str) -> None:
+    out = renderer.render([Message("user", user), Message("assistant", answer)])
+    assert [int(i) for i in out.ids if i < len(SPECIAL)] == [1, 2, 1, 2]  # the template's own, in order
+    assert renderer.parse(out.ids[out.supervised][:-1]) == answer
+
+
+@settings(max_examples=80, deadline=None)
+@given(turns=st.lists(TEXTS, min_size=2, max_size=6))
+def test_a_longer_conversation_extends_a_shorter_one(renderer: Renderer, turns: list[str]) -> None:
+    messages = [Message(("user", "assistant")[i % 2], t) for i, t in enumerate(turns)]
+    whole = renderer.render(messages).ids
+    for length in range(1, len(messages)):
+        shorter = renderer.render(messages[:length]).ids
+        assert np.array_equal(whole[: shorter.size], shorter)
+        if messages[length].role == "assistant":
+            asked = renderer.prompt(messages[:length])
+            assert np.array_equal(whole[: asked.size], asked)
+
+
+def test_stop_is_what_the_template_puts_behind_an_answer(renderer: Renderer) -> None:
+    assert renderer.stop_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "says"),
+    [
+        ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", ModelError, "drops"),
+        ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", ModelError, "drops|rewrites"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ModelError, "no end token"),
+        ("{{ raise_exception('only cats') }}", DataError, "only cats"),
+    ],
+)
+def test_templates_that_cannot_be_exact_are_refused(tmp_path: Path, template: str, error: type, says: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(error, match=says):
+        Renderer(tmp_path).render([Message("system", "s"), Message("user", "u"), Message("assistant", "a")])
+
+
+def test_a_stripping_template_is_followed(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML.replace("message['content']", "message['content'] | trim"))
+    out = Renderer(tmp_path).render([Message("user", " u "), Message("assistant", " a ")])
+    assert Renderer(tmp_path).parse(out.ids[out.supervised]) == "a"
+
+
+def test_templates_cannot_reach_python(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}" + CHATML)
+    with pytest.raises(DataError, match="refuses"):
+        Renderer(tmp_path)
+
+
+def test_missing_and_damaged_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="tokenizer.json is missing"):
+        Renderer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        Renderer(tmp_path)
+
+
+def test_a_model_without_template_gets_the_plain_one(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    plain = Renderer(tmp_path)
+    assert not plain.own_template
+    out = plain.render([Message("user", "u"), Message("assistant", "a")])
+    assert plain.parse(out.ids[out.supervised]) == "a" and json.dumps(plain.template)
