@@ -62,6 +62,7 @@ def write_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
+        "initializer_range": 0.25,
     }
     if kind == "mistral":
         settings["sliding_window"] = None

@@ -505,6 +505,7 @@ def test_too_few_cases_detect_nothing():
     assert stats.smallest_detectable(77, 0.1) == approx(0.0994, abs=1e-4)
     assert stats.smallest_detectable(1000, 0) is None
     assert stats.smallest_detectable(3, 1) is None
+    assert stats.smallest_detectable(1, 1, power=0.3) is None
     # the equation has a solution here, but beyond the largest difference: its root would be negative
     assert stats.smallest_detectable(2, 1, alpha=0.1) is None
 

@@ -6,6 +6,7 @@ it reads and the hash of everything it reads; nothing else makes it run again.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metier import config, records, runs
-from metier.config import Loaded, registration
-from metier.errors import PolicyError
+from metier.config import Loaded, Spec, registration
+from metier.errors import PolicyError, needs_extra
 from metier.records import Score
 from metier.runs import ACTS, Run
 
@@ -51,13 +52,33 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
     why = _reason(act, run, settings, inputs)
     if dry:
         return Outcome(act, run.folder, PLANNED, why=why, figures=_forecast(act, loaded, run))
+    hold_extras(act)
     start = time.monotonic()
     work = run.work(act, fingerprint)
+    runs.write(run.folder / "specialist.yaml", config.dump(_anywhere(loaded)))
     figures = _FRONT[act](loaded, run, work)
     seconds = time.monotonic() - start
     run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json",))
-    runs.write(run.folder / "specialist.yaml", config.dump(loaded.spec))
     return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
+
+
+def hold_extras(act: str) -> None:
+    """Refuses before the work starts where an optional part is absent that the act needs at its end."""
+    needed = {
+        "build": {"rensa": "data"},
+        "train": {"torch": "train", "transformers": "train", "matplotlib": "report"},
+        "prove": {"torch": "train", "transformers": "train", "bm25s": "rag", "matplotlib": "report"},
+        "ship": {"torch": "train", "transformers": "train"},
+    }[act]
+    for module, extra in needed.items():
+        if importlib.util.find_spec(module) is None:
+            raise needs_extra(module, extra)
+
+
+def _anywhere(loaded: Loaded) -> Spec:
+    """The settings with a base that is a path made absolute, so that the run folder can be used from anywhere."""
+    path = loaded.path(loaded.spec.base)
+    return loaded.spec.model_copy(update={"base": str(path)}) if path.exists() else loaded.spec
 
 
 def plan(loaded: Loaded, run: Run) -> list[Outcome]:
@@ -129,18 +150,12 @@ def _build(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
 
 
 def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    from metier import machine
-
-    machine.import_torch()
     from metier.train import recipes
 
     return recipes.train(loaded, run, work)
 
 
 def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    from metier import machine
-
-    machine.import_torch()
     from metier.evaluate import run as evaluation
     from metier.release import report
 
@@ -172,7 +187,6 @@ def _judge(loaded: Loaded, run: Run, work: Path, rates: Rates) -> dict[str, Any]
         "registered": before,
         "registered_before_training": before == registration(loaded.spec)["registered"],
         "seal": card["seal"],
-        "opened": card["opened"],
     }
     groups = {e.id: e.group for e in records.examples(data / "test.jsonl")}
     return gate.verdict(scores, completions, groups, loaded.spec.prove, sealed=sealed, costs=costs)

@@ -40,7 +40,7 @@ def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[s
     metrics = [
         {"type": "accuracy", "name": name, "value": round(tuned[name], 4)}
         for name in ("all", "schema")
-        if name in tuned
+        if tuned.get(name) is not None
     ]
     task = {"type": "text-generation"}
     data = {"name": loaded.spec.name, "type": "private"}
@@ -61,23 +61,29 @@ def _proved(verdict: dict[str, Any]) -> str:
 
 
 def _arms(verdict: dict[str, Any]) -> str:
-    graders = [g for g in next(iter(verdict["arms"].values())) if _is_rate(g, verdict)]
+    graders = list(dict.fromkeys(g for figures in verdict["arms"].values() for g in figures["intervals"]))
     rows = [f"| arm | {' | '.join(graders)} | seconds a case |", "|---" * (len(graders) + 2) + "|"]
     for arm, figures in verdict["arms"].items():
-        shown = " | ".join(f"{100 * figures[g]:.1f} %" for g in graders)
+        shown = " | ".join(_percent(figures.get(g)) for g in graders)
         rows.append(f"| {arm} | {shown} | {figures['seconds_per_case']:.3f} |")
     return "\n".join(rows)
 
 
-def _is_rate(name: str, verdict: dict[str, Any]) -> bool:
-    return name in ("json", "schema", "all") or name.startswith("field:")
+def _percent(share: float | None) -> str:
+    return "not judged" if share is None else f"{100 * share:.1f} %"
 
 
 def _claims(verdict: dict[str, Any]) -> str:
-    return "\n".join(
-        f"- {c['claim']}: {c['result']}, estimate {100 * c['estimate']:.1f} points "
-        f"({100 * c['confidence']:.0f} % interval {100 * c['low']:.1f} to {100 * c['high']:.1f}, n = {c['n']}, {c['test']})"
-        for c in verdict["claims"]
+    return "\n".join(f"- {c['claim']}: {c['result']}, {_estimate(c)}" for c in verdict["claims"])
+
+
+def _estimate(claim: dict[str, Any]) -> str:
+    if claim["estimate"] is None:
+        return f"not judged ({claim['missing']} of {claim['n'] + claim['missing']} cases without a score)"
+    low, high, level = (100 * claim[k] for k in ("low", "high", "confidence"))
+    return (
+        f"estimate {100 * claim['estimate']:.1f} points ({level:.0f} % interval {low:.1f} to {high:.1f}, "
+        f"n = {claim['n']}, {claim['test']})"
     )
 
 

@@ -18,7 +18,6 @@ PROMPTS = 32
 
 def ship(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     """Writes the release into `work`; an artefact that fails a check is not published."""
-    machine.import_torch()
     machine.prepare(loaded.spec.machine.threads)
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
     data, trained, proof = (run.require(act) for act in ("build", "train", "prove"))

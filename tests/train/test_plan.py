@@ -1,0 +1,72 @@
+"""The plan: counts by hand, monotone predictions, and the token budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from metier.models import load, lora
+from metier.train.plan import Load, measured, plan, shape
+
+CONFIG = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+DATA = Load(computed_tokens=50_000, real_tokens=80_000, supervised_tokens=20_000, longest=300, epochs=2)
+
+
+def made(**changes: object) -> dict:
+    facts = {"dtype": "bf16", "gflops": 300.0, "memory_gb": 24.0, "device": "cpu", "tokens": 0} | changes
+    return plan(shape(CONFIG, rank=16, targets="all-linear"), DATA, **facts)
+
+
+def test_smollm2_has_the_weights_it_is_named_for() -> None:
+    sizes = shape(CONFIG, rank=16, targets="all-linear")
+    assert sizes.linear_weights == 106_168_320  # 30 · (576·576·2 + 576·192·2 + 576·1536·3)
+    assert sizes.all_weights == 134_515_008
+    assert sizes.adapter_weights == 30 * 16 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
+
+
+def test_the_shape_counts_what_attach_makes(tiny: Path) -> None:
+    import json
+
+    model = load.model(load.resolve(str(tiny), tiny), dtype=torch.float32, device=torch.device("cpu"))
+    sizes = shape(json.loads((tiny / "config.json").read_text()), rank=4, targets=("q_proj", "up_proj"))
+    assert sizes.all_weights == sum(p.numel() for p in model.parameters())
+    lora.attach(model, rank=4, alpha=8, targets=["q_proj", "up_proj"], seed=0)
+    assert sizes.adapter_weights == sum(p.numel() for p in lora.parameters(model))
+
+
+def test_predictions_move_the_right_way() -> None:
+    base = made()
+    assert made(gflops=600.0)["seconds"]["predicted"] < base["seconds"]["predicted"]
+    assert made(dtype="fp32")["memory_gb"]["predicted"] > base["memory_gb"]["predicted"]
+    assert made(tokens=512)["memory_gb"]["predicted"] < base["memory_gb"]["predicted"]
+    assert made(tokens=512)["micro_batch_tokens"] == 512
+    assert made(memory_gb=2.0)["micro_batch_tokens"] < base["micro_batch_tokens"]
+
+
+def test_the_budget_always_takes_the_longest_row() -> None:
+    long = replace(DATA, longest=9000)
+    out = plan(
+        shape(CONFIG, rank=16, targets="all-linear"),
+        long,
+        dtype="bf16",
+        gflops=300.0,
+        memory_gb=4.0,
+        device="cpu",
+        tokens=0,
+    )
+    assert out["micro_batch_tokens"] == 9000
+
+
+def test_measurements_stand_beside_predictions() -> None:
+    out = measured(made(), memory_gb=3.21, tokens_per_second=512.3, seconds=300.0)
+    assert out["tokens_per_second"]["measured"] == 512.3 and out["tokens_per_second"]["predicted"] > 0
+    assert out["memory_gb"]["measured"] == 3.21
