@@ -150,7 +150,7 @@ def _build(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
 
 
 def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    from metier.train import recipes
+    from metier.training import recipes
 
     return recipes.train(loaded, run, work)
 

@@ -107,7 +107,6 @@ class Stage(Settings):
     method: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning on the answers.")
     rank: Count = Field(16, ge=1, le=4096, description="Rank of the LoRA update.")
     alpha: Number = Field(32, gt=0, le=1e6, description="LoRA scale: the update counts alpha / rank.")
-    dropout: Literal[0] = Field(0, description="LoRA dropout; only 0 is supported, the fastest and most exact.")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="Modules that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."
     )

@@ -44,7 +44,7 @@ class Paired:
     `p` is two-sided against no difference, and `test` names how it and the interval were computed.
     `p_exact` (McNemar's, for independent cases), `b` (only we were right) and `c` (only they were right)
     exist for right-or-wrong answers. `smallest_detectable` is the true difference that this many cases find
-    with power .8 at `alpha = 1 - confidence`; None means that no possible difference would be.
+    with power .8 at `alpha = 1 - confidence`; None if no possible difference would be, or no spread was seen.
     """
 
     estimate: float
@@ -85,7 +85,6 @@ def paired_binary(
     b, c = int(np.count_nonzero(differences > 0)), int(np.count_nonzero(differences < 0))
     interval = tango(b, c, n, confidence)
     detectable = smallest_detectable(n, (b + c) / n, alpha=1 - confidence)
-    p: float
     exact: float | None
     if count == n:
         p, exact = mcnemar(b, c)
@@ -218,11 +217,12 @@ def paired_bootstrap(
     if len(sums_C) < 2:
         return Interval(-math.inf, math.inf, confidence)
     rows = list(zip(sums_C.tolist(), sizes_C.tolist(), strict=True))
-    mirrored = sorted((0.0 - total, size) for total, size in rows)
+    mirrored = sorted((-total, size) for total, size in rows)
     # The same draws must serve both directions, or swapping the systems would change the interval.
     swap = mirrored < rows
     means = _resampled_means(np.array(mirrored if swap else rows), draws, np.random.default_rng(seed))
     low, high = (float(limit) for limit in np.quantile(means, [tail, 1 - tail]))
+    # Subtracted, not negated: a report should not print -0.0.
     return Interval(0.0 - high, 0.0 - low, confidence) if swap else Interval(low, high, confidence)
 
 

@@ -73,7 +73,9 @@ def test_keys_come_in_the_order_of_the_schema() -> None:
         ('{"patternProperties": {"(": {}}}', "not a JSON Schema: /patternProperties"),
     ],
 )
-def test_what_is_no_schema_is_refused_without_the_network(monkeypatch: pytest.MonkeyPatch, text: str, what: str) -> None:
+def test_what_is_no_schema_is_refused_without_the_network(
+    monkeypatch: pytest.MonkeyPatch, text: str, what: str
+) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
     with pytest.raises(ConfigError) as caught:
         check.schema(text, "answer.schema.json")
@@ -105,14 +107,16 @@ def test_leaks_are_found() -> None:
 
 
 def test_labels_are_counted_by_split_the_most_frequent_first() -> None:
-    parts = splits([{"l": "x", "t": "1"}, {"l": "y", "t": "2"}, {"l": "y", "t": "3"}], [{"l": "x", "t": "4"}], [{"l": "x"}])
+    parts = splits(
+        [{"l": "x", "t": "1"}, {"l": "y", "t": "2"}, {"l": "y", "t": "3"}], [{"l": "x", "t": "4"}], [{"l": "x"}]
+    )
     assert check.labels(parts) == {"l": {"x": {"test": 1, "train": 1, "valid": 1}, "y": {"train": 2}}}
     assert check.labels(splits(["a", "a"], ["b"], ["b"])) == {
         "answer": {"a": {"train": 2}, "b": {"test": 1, "valid": 1}}
     }
-    assert check.labels(splits([{"n": True}, {"n": 1}, {"n": None}], [{"n": [1]}, {"n": True}], [{"n": 1}, {"n": None}])) == {
-        "n": {"1": {"test": 1, "train": 1}, "null": {"test": 1, "train": 1}, "true": {"train": 1, "valid": 1}}
-    }
+    assert check.labels(
+        splits([{"n": True}, {"n": 1}, {"n": None}], [{"n": [1]}, {"n": True}], [{"n": 1}, {"n": None}])
+    ) == {"n": {"1": {"test": 1, "train": 1}, "null": {"test": 1, "train": 1}, "true": {"train": 1, "valid": 1}}}
 
 
 def test_findings_say_what_and_what_to_do() -> None:

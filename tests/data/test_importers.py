@@ -246,8 +246,12 @@ def test_any_bytes_give_one_outcome_a_line(tmp_path_factory: pytest.TempPathFact
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "role", "content", "x"]), inner, max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["messages", "prompt", "completion", "role", "content", "x"]), inner, max_size=4
+            )
+        ),
         max_leaves=12,
     )
 )

@@ -244,13 +244,22 @@ def test_a_failing_reader_is_named_with_its_line(tmp_path: Path, body: str, what
 
 @pytest.mark.parametrize(
     ("where", "document"),
-    [("a.txt", "a.txt"), ("a.txt:12", "a.txt"), ("a.txt#3", "a.txt"), ("p:q/b", "p:q/b"), ("p:q/b:1", "p:q/b"), ("z:1", "z:1")],
+    [
+        ("a.txt", "a.txt"),
+        ("a.txt:12", "a.txt"),
+        ("a.txt#3", "a.txt"),
+        ("p:q/b", "p:q/b"),
+        ("p:q/b:1", "p:q/b"),
+        ("z:1", "z:1"),
+    ],
 )
 def test_the_document_of_a_reading(where: str, document: str) -> None:
     assert ingest.document_of(where, {"a.txt", "p:q/b"}) == document
 
 
-@pytest.mark.parametrize(("content", "what"), [(b"", "is empty"), (b"\xef\xbb\xbf \n", "is blank"), (b"\xff", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"", "is empty"), (b"\xef\xbb\xbf \n", "is blank"), (b"\xff", "not UTF-8")]
+)
 def test_a_file_beside_the_specialist_must_say_something(tmp_path: Path, content: bytes, what: str) -> None:
     put(tmp_path, {"prompt.md": content})
     with pytest.raises(DataError, match=what):

@@ -99,7 +99,7 @@ def build(loaded: config.Loaded, work: Path, renderer: Renderer) -> dict[str, An
     _read_examples(loaded, task, rows)
     _leave_out(rows, dedupe.exact(list(rows.examples.values())))
     _hold_share(rows, spec.data.max_rejected)
-    groups = _group(rows, spec.data.near_duplicate, spec.seed)
+    groups = _group(rows, spec.data.near_duplicate)
     splits, lengths = _sample(rows, spec, renderer)
     check.leaks(splits)
     if inputs(loaded) != before:
@@ -329,12 +329,12 @@ def _hold_share(rows: Rows, most: float) -> None:
     raise DataError(f"{share}{limit}: {importers.summary(rejected)}", where="data", fix="mend the rows named here")
 
 
-def _group(rows: Rows, threshold: float, seed: int) -> dict[str, Any]:
+def _group(rows: Rows, threshold: float) -> dict[str, Any]:
     """Gives each row its group: near duplicates of its question, and what the sources say belongs together."""
     examples = rows.examples
     shared = Counter(rows.together[i] for i in examples)
     together = [name if shared[name := rows.together[i]] > 1 else "" for i in examples]
-    groups = dedupe.groups([_question(e) for e in examples.values()], threshold, seed, together)
+    groups = dedupe.groups([_question(e) for e in examples.values()], threshold, together)
     names: dict[int, str] = {}
     for group, example in zip(groups, examples.values(), strict=True):
         names[group] = min(names.get(group, example.id), example.id)

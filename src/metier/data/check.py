@@ -182,7 +182,9 @@ def _hold_schema(value: dict[str, Any], where: str) -> None:
             resolver.lookup(reference)
         except (Unresolvable, ValueError) as error:
             raise ConfigError(
-                f"{reference!r} in the schema leads nowhere", where=where, fix="refer to a part of this file: #/$defs/..."
+                f"{reference!r} in the schema leads nowhere",
+                where=where,
+                fix="refer to a part of this file: #/$defs/...",
             ) from error
 
 

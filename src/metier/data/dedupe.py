@@ -1,22 +1,21 @@
 """What is the same: equal rows, equal questions with other answers, and groups of near duplicates.
 
-Near duplicates are found by MinHash and then held against their exact similarity, so a pair in a group because of its
-text is truly similar. Comparison ignores case, white space and punctuation; contents are never changed by it.
+Near duplicates are found exactly: no pair over the threshold is missed, so that none can stand in two splits.
+Comparison ignores case, white space and punctuation; contents are never changed by it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from metier.errors import needs_extra
 from metier.records import Example
 
-MAX_MISS = 1e-4
-PERMUTATIONS = 256
+BITS = 1024
 # Scripts without spaces between words: each character counts as a word.
 _WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+")
@@ -40,14 +39,14 @@ def exact(examples: Sequence[Example]) -> dict[int, tuple[str, str]]:
             if i != kept:
                 same = answers[i] == answers[kept]
                 out[i] = (
-                    ("duplicate", f"duplicate of {examples[kept].id}")
+                    ("duplicate", f"duplicate: of {examples[kept].id}")
                     if same
                     else ("rejected", f"conflict: another answer than {examples[kept].id} to the same question")
                 )
     return out
 
 
-def groups(texts: Sequence[str], threshold: float, seed: int, together: Sequence[str] = ()) -> list[int]:
+def groups(texts: Sequence[str], threshold: float, together: Sequence[str] = ()) -> list[int]:
     """The group of each text, numbered by first appearance.
 
     Texts whose `shingles` have a Jaccard similarity of at least `threshold` are in one group, with whatever is similar
@@ -58,7 +57,7 @@ def groups(texts: Sequence[str], threshold: float, seed: int, together: Sequence
     sets = _Sets(len(texts))
     sets.join_equal(together)
     sets.join_equal(["".join(w) for w in words])
-    _join_similar(sets, [_shingles(w) for w in words], threshold, seed)
+    _join_similar(sets, [_shingles(w) for w in words], threshold)
     names: dict[int, int] = {}
     return [names.setdefault(label, len(names)) for label in sets.labels]
 
@@ -104,32 +103,45 @@ class _Sets:
                 self.join(first.setdefault(key, i), i)
 
 
-def _join_similar(sets: _Sets, rows: Sequence[frozenset[str]], threshold: float, seed: int) -> None:
-    try:
-        import rensa
-    except ImportError as error:
-        raise needs_extra("rensa", "data") from error
-    bands, size = _bands(threshold)
-    hashes = rensa.RMinHash.from_token_sets([list(row) for row in rows], bands * size, seed)
-    index = rensa.RMinHashLSH(threshold, bands * size, bands)
-    index.insert_many(hashes)
+def _join_similar(sets: _Sets, rows: Sequence[frozenset[str]], threshold: float) -> None:
+    """Joins each pair of rows whose Jaccard similarity reaches the threshold.
+
+    Two filters, neither of which loses a pair, leave few pairs to compare. Similar rows share one of their rarest
+    shingles (prefix filter: of n shingles at least threshold * n are shared, so of the rarest n - threshold * n + 1 at
+    least one is). And where two rows' bit maps differ in many places, the rows differ in at least as many shingles.
+    """
+    numbered, first = _by_rarity(rows)
+    sets.join_equal([" ".join(map(str, row)) for row in numbered])
     labels = sets.labels
-    counts = [len(row) for row in rows]
-    for i, candidates in enumerate(index.query_all(hashes)):
-        mine, count = rows[i], counts[i]
-        least, most = threshold * count - 1e-9, count / threshold + 1e-9
-        for j in candidates:
-            if j < i and labels[j] != labels[i] and least <= counts[j] <= most:
-                shared = len(mine & rows[j])
-                if shared and shared + 1e-9 >= threshold * (count + counts[j] - shared):
+    index: defaultdict[int, list[int]] = defaultdict(list)
+    bits = {i: sum({1 << (s % BITS) for s in numbered[i]}) for i in first}
+    full = {i: frozenset(numbered[i]) for i in first}
+    for i in sorted(first, key=lambda i: len(full[i])):
+        mine, count, map_ = full[i], len(full[i]), bits[i]
+        rarest = numbered[i][: count - math.ceil(threshold * count - 1e-9) + 1]
+        for j in set().union(*(index[s] for s in rarest)):
+            both = count + len(full[j])
+            if (
+                labels[j] != labels[i]
+                and (map_ ^ bits[j]).bit_count() * (1 + threshold) <= both * (1 - threshold) + 1e-9
+            ):
+                shared = len(mine & full[j])
+                if shared + 1e-9 >= threshold * (both - shared):
                     sets.join(i, j)
+        for s in rarest:
+            index[s].append(i)
 
 
-def _bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows of a band): the most selective ones that miss a pair at the threshold less often than MAX_MISS."""
-    fits = [r for r in range(1, 17) if (1 - threshold**r) ** (PERMUTATIONS // r) <= MAX_MISS]
-    size = max(fits, default=1)
-    return PERMUTATIONS // size, size
+def _by_rarity(rows: Sequence[frozenset[str]]) -> tuple[list[list[int]], list[int]]:
+    """Each row as numbers of its shingles, the rarest first, and the first row of each different non-empty set."""
+    counts = Counter(s for row in rows for s in row)
+    numbers = {s: n for n, s in enumerate(sorted(counts, key=lambda s: (counts[s], s)))}
+    numbered = [sorted(numbers[s] for s in row) for row in rows]
+    first: dict[frozenset[str], int] = {}
+    for i, row in enumerate(rows):
+        if row:
+            first.setdefault(row, i)
+    return numbered, list(first.values())
 
 
 def _answer(example: Example) -> str:

@@ -143,28 +143,28 @@ def _row(where: str, data: bytes) -> Row | Rejected:
         return Rejected(where, refusal(error))
     try:
         return _demonstration(where, value)
-    except _Refused as refused:
+    except _RefusedError as refused:
         return Rejected(where, str(refused))
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A row that is JSON and no demonstration; its text is the reason."""
 
 
 def _demonstration(where: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise _Refused(f"schema: a {type(row).__name__} where an object belongs")
+        raise _RefusedError(f"schema: a {type(row).__name__} where an object belongs")
     _hold_keys(row)
     forms = [name for name, keys in FORMS.items() if any(k in row for k in keys)]
     if len(forms) != 1:
         found = f"mixes {' with '.join(forms)}" if forms else f"has no known form; its keys are {_shown(row)}"
-        raise _Refused(f"schema: the row {found}")
+        raise _RefusedError(f"schema: the row {found}")
     messages = {"messages": _chat, "prompt and completion": _completion, "instruction and output": _alpaca}[forms[0]](
         row
     )
     group = row.get("group", "")
     if not isinstance(group, str):
-        raise _Refused("schema: /group is not a text")
+        raise _RefusedError("schema: /group is not a text")
     return Row(where, messages, group, tuple(sorted(k for k in row if k not in _used(forms[0]))))
 
 
@@ -179,7 +179,7 @@ def _hold_keys(row: dict[str, Any]) -> None:
             c for c in unicodedata.normalize("NFKC", key).casefold() if unicodedata.category(c)[0] not in "CZ"
         )
         if key not in _KNOWN and plain in _KNOWN:
-            raise _Refused(f"unknown_key: {key!a} is not {plain}")
+            raise _RefusedError(f"unknown_key: {key!a} is not {plain}")
 
 
 def _chat(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -210,18 +210,18 @@ def _told(row: dict[str, Any], turns: list[tuple[str, str]]) -> tuple[Message, .
 
 def _conversation(value: Any, at: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise _Refused(f"schema: {at} is not a list of messages")
+        raise _RefusedError(f"schema: {at} is not a list of messages")
     return _held(tuple(_message(item, f"{at}/{i}") for i, item in enumerate(value)))
 
 
 def _message(item: Any, at: str) -> Message:
     if not isinstance(item, dict):
-        raise _Refused(f"schema: {at} is not an object")
+        raise _RefusedError(f"schema: {at} is not an object")
     if item.get("role") not in ROLES:
-        raise _Refused(f"schema: {at}/role is {str(item.get('role'))[:40]!a}, not system, user or assistant")
+        raise _RefusedError(f"schema: {at}/role is {str(item.get('role'))[:40]!a}, not system, user or assistant")
     more = sorted(k for k in item if k not in ("role", "content"))
     if more and not (more == ["weight"] and item["weight"] == 1):
-        raise _Refused(f"schema: {at} holds {_shown(more)}; only role and content are used")
+        raise _RefusedError(f"schema: {at} holds {_shown(more)}; only role and content are used")
     return Message(item["role"], _text(item.get("content"), f"{at}/content"))
 
 
@@ -230,13 +230,13 @@ def _held(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     turns = messages[1:] if messages[0].role == "system" else messages
     wanted = ["user", "assistant"] * (len(turns) // 2)
     if [m.role for m in turns] != wanted or not turns:
-        raise _Refused(
+        raise _RefusedError(
             "schema: the roles are not user and assistant in turn, ending with assistant: " + _roles(messages)
         )
     if not all(m.content.strip() for m in turns if m.role == "user"):
-        raise _Refused("empty_input: a question without text")
+        raise _RefusedError("empty_input: a question without text")
     if not all(m.content.strip() for m in turns if m.role == "assistant"):
-        raise _Refused("empty_target: an answer without text")
+        raise _RefusedError("empty_target: an answer without text")
     return messages
 
 
@@ -247,13 +247,15 @@ def _roles(messages: tuple[Message, ...]) -> str:
 
 def _need(row: dict[str, Any], key: str) -> Any:
     if key not in row:
-        raise _Refused(f"schema: /{key} is missing")
+        raise _RefusedError(f"schema: /{key} is missing")
     return row[key]
 
 
 def _text(value: Any, at: str) -> str:
     if not isinstance(value, str):
-        raise _Refused(f"schema: {at} is {'missing' if value is None else 'a ' + type(value).__name__}, not a text")
+        raise _RefusedError(
+            f"schema: {at} is {'missing' if value is None else 'a ' + type(value).__name__}, not a text"
+        )
     return value
 
 

@@ -100,7 +100,7 @@ def read(path: Path, limit: int) -> bytes:
     """The bytes of a regular file; more than `limit` of them, or another kind of file, is an error."""
     try:
         # Not blocking: a FIFO that took the file's place must fail the check below, not hang the open.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DataError("not a regular file", where=str(path), fix="give a plain file")
             data = file.read(limit + 1)
@@ -352,7 +352,7 @@ class _Fresh(importlib.machinery.SourceFileLoader):
 
 def _module(reader: Path) -> Any:
     name = f"_metier_reader_{hashlib.sha256(os.fsencode(reader)).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_loader(name, _Fresh(name, str(reader)), origin=str(reader))
+    spec = importlib.util.spec_from_file_location(name, reader, loader=_Fresh(name, str(reader)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

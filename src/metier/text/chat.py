@@ -79,9 +79,9 @@ class Renderer:
         return np.array([i for piece, _ in pieces for i in piece], dtype=np.int64)
 
     def parse(self, ids: Sequence[int]) -> str:
-        """The text of an answer's ids, without the token that ended it."""
+        """The text of an answer's ids, without the token that ended it; NUL, which no record may hold, as U+FFFD."""
         kept = [i for i in ids if i not in self.stop_ids]
-        return str(self._whole.decode(kept, skip_special_tokens=False))
+        return str(self._whole.decode(kept, skip_special_tokens=False)).replace("\0", "\ufffd")
 
     def count(self, text: str) -> int:
         """Tokens of a text as content."""

@@ -25,8 +25,8 @@ from metier.runs import Run
 from metier.text import batches
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.train import checkpoint, loop
-from metier.train.plan import Load, measured, plan, shape
+from metier.training import checkpoint, loop
+from metier.training.plan import Load, measured, plan, shape
 
 METRICS = "metrics.jsonl"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from metier.models import load, lora
-from metier.train.plan import Load, measured, plan, shape
+from metier.training.plan import Load, measured, plan, shape
 
 CONFIG = {
     "hidden_size": 576,

@@ -13,7 +13,7 @@ from metier.errors import NumericError
 from metier.models import load, lora
 from metier.text import batches
 from metier.text.batches import Row
-from metier.train import loop
+from metier.training import loop
 
 CPU = torch.device("cpu")
 SCHEDULE = loop.Schedule(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metier.train import checkpoint
+from metier.training import checkpoint
 
 
 def write(folder: Path, *steps: int) -> None:
