@@ -48,7 +48,7 @@ def run(
     from metier.runs import open_run
 
     loaded = config.load(spec, settings)
-    with open_run(Path(runs), loaded.spec.name) as opened:
+    with open_run(Path(runs), loaded.spec.name, create=not dry) as opened:
         return acts.plan(loaded, opened) if dry else acts.perform_all(loaded, opened)
 
 
@@ -78,5 +78,5 @@ def _act(act: str, spec: str | Path, runs: str | Path, settings: Sequence[str], 
     from metier.runs import open_run
 
     loaded = config.load(spec, settings)
-    with open_run(Path(runs), loaded.spec.name) as opened:
+    with open_run(Path(runs), loaded.spec.name, create=not dry) as opened:
         return acts.perform(act, loaded, opened, dry=dry)

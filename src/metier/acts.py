@@ -58,7 +58,7 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
     runs.write(run.folder / "specialist.yaml", config.dump(_anywhere(loaded)))
     figures = _FRONT[act](loaded, run, work)
     seconds = time.monotonic() - start
-    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json",))
+    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json", "checkpoints/"))
     return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
 
 
@@ -146,13 +146,26 @@ def _build(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     from metier.text.chat import Renderer
 
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
-    return build.build(loaded, work, Renderer(base.folder))
+    made = build.build(loaded, work, Renderer(base.folder))
+    _keep_openings(run.act("build") / "dataset.json", work / "dataset.json")
+    return made
+
+
+def _keep_openings(before: Path, now: Path) -> None:
+    """A test set that was opened stays opened, however often it is built again."""
+    if before.is_file():
+        old, new = runs.read_json(before), runs.read_json(now)
+        if old["seal"] == new["seal"]:
+            runs.write_json(now, new | {"opened": old["opened"]})
 
 
 def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    from metier.training import recipes
+    from metier.evaluate import metrics
+    from metier.training import run as training
 
-    return recipes.train(loaded, run, work)
+    data = run.require("build")
+    metrics.hold_claims(loaded.spec.prove, next(iter(records.examples(data / "test.jsonl"))).expected)
+    return training.train(loaded, run, work)
 
 
 def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _judge(loaded: Loaded, run: Run, work: Path, rates: Rates) -> dict[str, Any]
     card = runs.read_json(data / "dataset.json")
     sealed = {
         "registered": before,
-        "registered_before_training": before == registration(loaded.spec)["registered"],
+        "registered_before_training": before == registration(loaded.spec, runs.read_json(data / "task.json"))["registered"],
         "seal": card["seal"],
     }
     groups = {e.id: e.group for e in records.examples(data / "test.jsonl")}

@@ -131,7 +131,11 @@ class Claim(Settings):
 
     beats: Literal["base", "prompt", "few-shot"] | None = Field(None, description="`tuned` beats this arm.")
     format: Literal["valid"] | None = Field(None, description="`tuned` answers are valid against the schema.")
-    grader: str = Field("all", description="The grader a `beats` claim is about.")
+    grader: str = Field(
+        "all",
+        pattern="^(all|json|schema|field:.+)$",
+        description="What a `beats` claim counts: `all` right, `field:<name>` right, `json` parses, `schema` valid.",
+    )
     margin: Number = Field(0.02, ge=0, lt=1, description="Smallest estimate a `beats` claim accepts.")
     at_least: Number = Field(0.99, gt=0, le=1, description="Smallest share of valid answers a `format` claim accepts.")
 
@@ -139,7 +143,14 @@ class Claim(Settings):
     def _exactly_one(self) -> Claim:
         if (self.beats is None) == (self.format is None):
             raise ValueError("a claim has exactly one of: beats, format")
+        other = {"grader", "margin"} if self.format else {"at_least"}
+        if strange := sorted(other & self.model_fields_set - self._unset()):
+            raise ValueError(f"{strange[0]} means nothing in the claim `{self.name}`")
         return self
+
+    def _unset(self) -> set[str]:
+        """Fields given with their default value: what a written-out specialist holds."""
+        return {n for n in self.model_fields_set if getattr(self, n) == type(self).model_fields[n].default}
 
     @property
     def name(self) -> str:
@@ -154,7 +165,7 @@ class Prove(Settings):
 
     arms: tuple[Literal["base", "prompt", "few-shot", "tuned"], ...] = Field(ARMS, description="Systems compared.")
     claims: tuple[Claim, ...] = Field(
-        (Claim(beats="prompt"), Claim(beats="few-shot"), Claim(format="valid")),  # type: ignore[call-arg]
+        (Claim(beats="prompt"), Claim(beats="few-shot")),  # type: ignore[call-arg]
         min_length=1,
         description="What must hold for the verdict `ship`.",
     )
@@ -211,6 +222,12 @@ class Spec(Settings):
     ship: Ship = Field(default_factory=Ship, description="The release.")
     machine: Machine = Field(default_factory=Machine, description="How this machine is used.")
 
+    @model_validator(mode="after")
+    def _format_has_a_schema(self) -> Spec:
+        if self.task.schema_file is None and any(c.format or c.grader == "schema" for c in self.prove.claims):
+            raise ValueError("a claim about the format needs task.schema; give one, or drop the claim")
+        return self
+
 
 class Loaded(BaseModel):
     """A `Spec` and the folder its relative paths start from."""
@@ -251,9 +268,12 @@ def tree(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json", by_alias=True)
 
 
-def registration(spec: Spec) -> dict[str, Any]:
-    """What the proof claims and how it measures, with its hash: written down before training, compared after."""
-    stated = {"task": tree(spec.task), "prove": tree(spec.prove)}
+def registration(spec: Spec, task: dict[str, Any]) -> dict[str, Any]:
+    """What the proof claims and how it measures, with its hash: written down before training, compared after.
+
+    `task` is the data set's `task.json`: the instruction, schema and prompt themselves, not the names of their files.
+    """
+    stated = {"task": task, "prove": tree(spec.prove)}
     text = json.dumps(stated, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return {"registered": hashlib.sha256(text.encode()).hexdigest(), **stated}
 

@@ -87,10 +87,10 @@ def wheel(package: Package, *, offline: bool | None = None) -> Path:
     found, damage = _cached(package, folder)
     if found:
         return found
-    offline = _offline() if offline is None else offline
+    closed = offline_by_choice() if offline is None else offline
     if damage:
-        _log.warning("%s: %s", damage, "not used" if offline else "fetching it again")
-    if offline:
+        _log.warning("%s: %s", damage, "not used" if closed else "fetching it again")
+    if closed:
         raise ResourceError(
             damage or f"{package} is not in the cache, and the network is off",
             where=str(folder),
@@ -155,7 +155,8 @@ def _cached(package: Package, folder: Path) -> tuple[Path | None, str]:
     return None, damage
 
 
-def _offline() -> bool:
+def offline_by_choice() -> bool:
+    """Whether the environment forbids the network: METIER_OFFLINE or HF_HUB_OFFLINE."""
     return any(
         os.environ.get(key, "").lower() in {"1", "true", "yes", "on"} for key in ("HF_HUB_OFFLINE", "METIER_OFFLINE")
     )

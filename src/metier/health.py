@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import platform
 import shutil
 from typing import Any
 
-import metier
 from metier import fetch, machine, runs
 from metier.models import load
 
@@ -23,7 +23,7 @@ def examine() -> dict[str, Any]:
     """Cores, memory, disk, number formats, devices, caches and extras of this machine."""
     cache = fetch.cache_dir()
     found: dict[str, Any] = {
-        "metier": metier.__version__,
+        "metier": importlib.metadata.version("metier"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": machine.cores(),
@@ -47,7 +47,7 @@ def words(found: dict[str, Any]) -> list[str]:
         f"cache {found['cache']['folder']}, {found['cache']['free_gb']} GB free",
     ]
     for name, there in found["cache"]["bases"].items():
-        lines.append(f"base {name}: {'ready' if there else 'is fetched on first use (93 MB)'}")
+        lines.append(f"base {name}: {'ready' if there else 'is fetched on first use'} ({load.EMBEDDED[name].megabytes} MB)")
     for extra, missing in found["extras"].items():
         lines.append(
             f"extra {extra}: ready"

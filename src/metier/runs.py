@@ -174,12 +174,12 @@ class Run:
     def publish(
         self, act: str, *, settings: dict[str, Any], inputs: dict[str, str], seconds: float, mutable: tuple[str, ...] = ()
     ) -> None:
-        """Moves the working folder to its place. Files named in `mutable` may change later and are not hashed."""
+        """Moves the working folder to its place. Paths that start as `mutable` says may change or go, and are not hashed."""
         work = self.folder / f".work-{act}"
         fingerprint = (work / "fingerprint").read_text()
         (work / "fingerprint").unlink()
         names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-        outputs = {n: sha256(work / n) for n in names if n not in (*mutable, MANIFEST)}
+        outputs = {n: sha256(work / n) for n in names if not n.startswith((*mutable, MANIFEST))}
         write_json(
             work / MANIFEST,
             {
@@ -219,10 +219,11 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(root: Path, name: str, *, create: bool = True) -> Iterator[Run]:
-    """Opens `root/name` for this process alone."""
+    """Opens `root/name` for this process alone; without `create`, a run that is not there is looked at as empty."""
     folder = root / name
     if not create and not folder.is_dir():
-        raise RunError(f"no run at {folder}", where=str(folder), fix="run `metier run SPEC` first, or check --runs")
+        yield Run(folder)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")

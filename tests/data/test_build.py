@@ -215,10 +215,11 @@ def test_near_duplicates_and_named_groups_stay_together(tmp_path: Path) -> None:
     rows = pairs(12)
     rows += [{"prompt": r["prompt"].upper() + " !", "completion": "other"} for r in rows]
     rows += [{**r, "group": "g"} for r in pairs(5, 50)]
+    rows += [{"instruction": "v w x y z", "output": f"{n}", "system": f"s{n}t s{n}u s{n}v s{n}w"} for n in range(3)]
     put_rows(tmp_path / "p.jsonl", rows)
     run(spec(tmp_path, {"examples": ["p.jsonl"]}), tmp_path / "data")
     dataset = hold_contract(tmp_path / "data")
-    assert dataset["groups"] == {"rows": 29, "groups": 13, "alone": 0, "largest": [5, *[2] * 7]}
+    assert dataset["groups"] == {"rows": 32, "groups": 14, "alone": 0, "largest": [5, 3, *[2] * 6]}
 
 
 def test_an_answer_that_is_an_object_is_expected_as_one(tmp_path: Path) -> None:
@@ -247,10 +248,14 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_never_cut(tmp_path: Pat
     assert max(s["lengths"]["max"] for s in dataset["splits"].values()) <= 20
 
 
-def test_rendering_only_what_is_chosen_changes_no_split(tmp_path: Path) -> None:
+def test_rendering_only_what_is_chosen_changes_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[tuple[Message, ...]] = []
+    render = Words.render
+    monkeypatch.setattr(Words, "render", lambda self, messages: rendered.append(messages) or render(self, messages))
     rows = [*pairs(30), *({"prompt": f"z{n}", "completion": "<think>"} for n in range(30))]
     put_rows(tmp_path / "p.jsonl", rows)
     run(spec(tmp_path, {"examples": ["p.jsonl"]}), tmp_path / "one")
+    assert 11 < len(rendered) == len(set(rendered)) < 50
     put_rows(tmp_path / "p.jsonl", pairs(30))
     run(spec(tmp_path, {"examples": ["p.jsonl"]}), tmp_path / "two")
     for name in ("train", "valid", "test"):
@@ -328,16 +333,20 @@ def test_too_many_rejections_stop_the_build(tmp_path: Path) -> None:
 
 def test_rows_lost_to_the_length_limit_count_and_are_named(tmp_path: Path) -> None:
     put_rows(tmp_path / "p.jsonl", pairs(20))
-    loaded = spec(tmp_path, {"examples": ["p.jsonl"]}, train=[{"max_length": 8}])
-    loaded.spec.train[0]
+    short = [{"max_length": 8}]
+    run(spec(tmp_path, {"examples": ["p.jsonl"]}, train=short), tmp_path / "data")
     with pytest.raises(DataError) as caught:
-        run(
-            spec(tmp_path, {"examples": ["p.jsonl"]}, {"instruction": "a b c d e"}, train=[{"max_length": 8}]),
-            tmp_path / "d",
-        )
-    assert "rows were rejected" in caught.value.what
-    assert "too_long (first p.jsonl:" in caught.value.what
-    run(loaded, tmp_path / "d")
+        run(spec(tmp_path, {"examples": ["p.jsonl"]}, {"instruction": "a b c d"}, train=short), tmp_path / "data")
+    assert caught.value.what.startswith("0 groups of different examples are too few")
+    assert "20 rows were rejected: 20 x too_long (first p.jsonl:1: too_long: 9 tokens" in caught.value.what
+    put_rows(
+        tmp_path / "p.jsonl",
+        [{**r, "prompt": r["prompt"] + " long" * 2 * (n % 4 == 0)} for n, r in enumerate(pairs(40))],
+    )
+    data = {"examples": ["p.jsonl"], "sizes": {"train": 25, "valid": 2, "test": 3}}
+    run(spec(tmp_path, {**data, "max_rejected": 0.25}, train=short), tmp_path / "data")
+    with pytest.raises(DataError, match="10 of 40 rows were rejected, more than"):
+        run(spec(tmp_path, {**data, "max_rejected": 0.24}, train=short), tmp_path / "data")
 
 
 def test_a_build_over_the_debris_of_another_is_the_same(tmp_path: Path) -> None:

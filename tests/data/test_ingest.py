@@ -42,6 +42,7 @@ def test_patterns_follow_folders_and_leave_hidden_names_alone(tmp_path: Path) ->
     assert [w for w, _ in documents(tmp_path, "n/**")] == ["n/c.txt", "n/f.md", "n/m/d.txt"]
     assert [w for w, _ in documents(tmp_path, ".g/*.txt", "a.txt", "[ab].txt")] == [".g/e.txt", "a.txt", "b.txt"]
     assert [w for w, _ in documents(tmp_path, f"{tmp_path}/n/*.md")] == ["n/f.md"]
+    assert [w for w, _ in documents(tmp_path, "n/*.txt", "b.txt", "a.txt", "b.txt")] == ["a.txt", "b.txt", "n/c.txt"]
 
 
 def test_names_outside_the_folder_are_absolute(tmp_path: Path) -> None:

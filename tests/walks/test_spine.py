@@ -113,7 +113,7 @@ def _train(spec: str, folder: str) -> None:
 def _killed_and_resumed(spec: Path, folder: Path, kills: int) -> list[str]:
     """Adapter hashes of runs that were killed at random moments until they finished, children forked ready-warm."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metier.training.recipes", "metier.acts"])
+    context.set_forkserver_preload(["metier.training.run", "metier.acts"])
     moments = random.Random(0)
     hashes, killed = [], 0
     start = time.monotonic()

@@ -336,10 +336,9 @@ def _group(rows: Rows, threshold: float) -> dict[str, Any]:
     together = [name if shared[name := rows.together[i]] > 1 else "" for i in examples]
     groups = dedupe.groups([_question(e) for e in examples.values()], threshold, together)
     names: dict[int, str] = {}
-    for group, example in zip(groups, examples.values(), strict=True):
-        names[group] = min(names.get(group, example.id), example.id)
     for index, group in zip(list(examples), groups, strict=True):
-        examples[index] = dataclasses.replace(examples[index], group=names[group])
+        name = names.setdefault(group, examples[index].id)
+        examples[index] = dataclasses.replace(examples[index], group=name)
     sizes = sorted(Counter(groups).values(), reverse=True)
     return {"rows": len(groups), "groups": len(sizes), "alone": sizes.count(1), "largest": sizes[:8]}
 

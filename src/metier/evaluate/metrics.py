@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from metier.config import Prove
+from metier.errors import ConfigError, nearest
 from metier.evaluate import format
 from metier.records import Case, Completion, Score
 
@@ -17,6 +19,19 @@ def grade(case: Case, completion: Completion, schema: dict[str, Any] | None) -> 
     if schema is not None:
         scores.insert(1, format.valid(case, completion, schema))
     return scores
+
+
+def hold_claims(prove: Prove, expected: Any) -> None:
+    """Refuses, before anything is trained, a claim about a grader that this task does not have."""
+    fields = {f"field:{name}" for name in expected} if isinstance(expected, dict) else set()
+    known = {"all", *fields} | ({"json", "schema"} if fields else {"schema"})
+    for claim in prove.claims:
+        if claim.grader not in known:
+            raise ConfigError(
+                f"claim `{claim.name}`: there is no grader {claim.grader!r} here",
+                where="prove.claims",
+                fix=nearest(claim.grader, known),
+            )
 
 
 def _fields(case: Case, completion: Completion) -> list[Score]:

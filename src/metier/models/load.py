@@ -36,6 +36,7 @@ class Embedded:
     sha256: str
     license: str
     source: str
+    megabytes: int
 
 
 EMBEDDED = {
@@ -46,6 +47,7 @@ EMBEDDED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="apache-2.0",
         source="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+        megabytes=93,
     )
 }
 
@@ -175,7 +177,10 @@ def _hub(name: str, expected: str | None) -> Base:
     repository, _, revision = name.partition("@")
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja", "LICENSE*"]
+            repository,
+            revision=revision or None,
+            local_files_only=fetch.offline_by_choice(),
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "LICENSE*"],
         )
     except Exception as error:  # the hub client raises many unrelated kinds, all meaning: not to be had
         raise ModelError(

@@ -28,7 +28,7 @@ from metier.text.chat import Renderer
 from metier.training import checkpoint, loop
 from metier.training.plan import Load, measured, plan, shape
 
-METRICS = "metrics.jsonl"
+METRICS, REGISTERED = "metrics.jsonl", "registered.json"
 
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     dtype = machine.dtype(spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     renderer = Renderer(base.folder)
-    rows, valid = (_rows(run.require("build") / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
+    data = run.require("build")
+    rows, valid = (_rows(data / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
     prefix = batches.shared_prefix([*rows, *valid])
 
     model = load.model(base, dtype=dtype, device=device)
@@ -50,6 +51,8 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     chosen = _plan(loaded, work, base, rows, prefix, dtype, device)
     schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
 
+    if not (work / REGISTERED).is_file():
+        runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
     log = _Log(work, schedule, stage)
     _go_on(work, flat, log)
     _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
@@ -182,7 +185,6 @@ def _finish(
         seconds=log.seconds,
     )
     runs.write_json(work / "plan.json", done)
-    runs.write_json(work / "registered.json", config.registration(loaded.spec))
     metrics = [line for _, line in records.objects(work / METRICS)]
     runs.write(work / "loss.svg", plots.loss_plot(metrics))
     last = [m["loss"] for m in metrics if "loss" in m][-10:]
