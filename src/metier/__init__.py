@@ -9,12 +9,15 @@ The verbs of the command line are functions here; each takes the path of a speci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metier.acts import Outcome
+    from metier.config import Loaded
+    from metier.runs import Run
 
 __version__ = "0.1.0"
 __all__ = ["ask", "build", "doctor", "new", "prove", "run", "ship", "train"]
@@ -44,11 +47,9 @@ def run(
     spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False
 ) -> list[Outcome]:
     """Every act that is out of date, in order. Stops before `ship` where the verdict is not `ship`."""
-    from metier import acts, config
-    from metier.runs import open_run
+    from metier import acts
 
-    loaded = config.load(spec, settings)
-    with open_run(Path(runs), loaded.spec.name, create=not dry) as opened:
+    with _opened(spec, runs, settings, dry) as (loaded, opened):
         return acts.plan(loaded, opened) if dry else acts.perform_all(loaded, opened)
 
 
@@ -70,13 +71,26 @@ def doctor() -> dict[str, Any]:
     """What this machine can do."""
     from metier.health import examine
 
-    return examine()
+    return examine(__version__)
 
 
 def _act(act: str, spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bool) -> Outcome:
-    from metier import acts, config
+    from metier import acts
+
+    with _opened(spec, runs, settings, dry) as (loaded, opened):
+        return acts.perform(act, loaded, opened, dry=dry)
+
+
+@contextmanager
+def _opened(spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bool) -> Iterator[tuple[Loaded, Run]]:
+    from metier import config
+    from metier.errors import ConfigError
     from metier.runs import open_run
 
     loaded = config.load(spec, settings)
-    with open_run(Path(runs), loaded.spec.name, create=not dry) as opened:
-        return acts.perform(act, loaded, opened, dry=dry)
+    if (Path(runs) / loaded.spec.name).resolve() == loaded.folder:
+        raise ConfigError(
+            "the run would land in the specialist's own folder", where=str(loaded.folder), fix="give another --runs folder"
+        )
+    with open_run(Path(runs), loaded.spec.name, create=not dry) as run:
+        yield loaded, run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -13,17 +12,16 @@ from metier.models import load
 
 EXTRAS = {
     "train": ("torch", "transformers", "gguf"),
-    "data": ("rensa",),
     "rag": ("bm25s",),
     "report": ("matplotlib",),
 }
 
 
-def examine() -> dict[str, Any]:
+def examine(version: str) -> dict[str, Any]:
     """Cores, memory, disk, number formats, devices, caches and extras of this machine."""
     cache = fetch.cache_dir()
     found: dict[str, Any] = {
-        "metier": importlib.metadata.version("metier"),
+        "metier": version,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": machine.cores(),

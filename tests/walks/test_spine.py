@@ -96,7 +96,7 @@ def test_base_and_tuned_answer_side_by_side(finished: tuple[Path, Path]) -> None
 def test_nothing_is_released_on_another_verdict(tiny: Path, tmp_path: Path) -> None:
     from metier.errors import PolicyError
 
-    spec = write_specialist(tmp_path / "colours", tiny)
+    spec = write_specialist(tmp_path / "own", tiny)
     outcomes = metier.run(spec, runs=tmp_path)
     assert [o.act for o in outcomes] == ["build", "train", "prove"]
     assert outcomes[-1].figures["verdict"] in ("do-not-ship", "cannot-tell")
