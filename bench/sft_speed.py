@@ -54,7 +54,9 @@ def _compare(data: Path, pairs: int, steps: int) -> None:
         found.append((ours, theirs))
         print(f"ours {ours}, TRL {theirs}", file=sys.stderr)
     ratios = [o["tokens_per_second"] / t["tokens_per_second"] for o, t in found]
-    middle = {side: statistics.median(f[i]["tokens_per_second"] for f in found) for i, side in enumerate(("ours", "trl"))}
+    middle = {
+        side: statistics.median(f[i]["tokens_per_second"] for f in found) for i, side in enumerate(("ours", "trl"))
+    }
     print(
         json.dumps(
             {
@@ -72,7 +74,18 @@ def _compare(data: Path, pairs: int, steps: int) -> None:
 
 
 def _run(worker: str, data: Path, steps: int, batch: int) -> dict[str, float]:
-    argv = [sys.executable, __file__, "--worker", worker, "--data", str(data), "--steps", str(steps), "--batch", str(batch)]
+    argv = [
+        sys.executable,
+        __file__,
+        "--worker",
+        worker,
+        "--data",
+        str(data),
+        "--steps",
+        str(steps),
+        "--batch",
+        str(batch),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -81,6 +94,7 @@ def _run(worker: str, data: Path, steps: int, batch: int) -> dict[str, float]:
 
 def _ours(data: Path, steps: int, _: int) -> dict[str, float]:
     import torch
+
     from metier import machine, records
     from metier.models import load, lora
     from metier.text import batches
@@ -107,13 +121,14 @@ def _ours(data: Path, steps: int, _: int) -> dict[str, float]:
 def _trl(data: Path, steps: int, batch: int) -> dict[str, float]:
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
     from metier import machine, records
     from metier.models import load
     from metier.text import batches
     from metier.text.chat import Renderer
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(machine.cores())
     base = load.resolve("smollm2-135m", data)

@@ -12,7 +12,8 @@ os.environ.setdefault("METIER_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -107,7 +108,11 @@ def write_specialist(folder: Path, base: Path | str, *, rows: int = 60, **change
         "name": "colours",
         "base": str(base),
         "task": {"instruction": "Name the colour as JSON.", "schema": "schema.json", "shots": 2},
-        "data": {"examples": ["pairs.jsonl"], "sizes": {"train": rows // 2, "valid": 6, "test": 12}, "near_duplicate": 1},
+        "data": {
+            "examples": ["pairs.jsonl"],
+            "sizes": {"train": rows // 2, "valid": 6, "test": 12},
+            "near_duplicate": 1,
+        },
         "train": [{"rank": 4, "alpha": 8, "learning_rate": 0.01, "epochs": 2, "batch_size": 4, "checkpoint_every": 3}],
         "prove": {"max_new_tokens": 12},
         "machine": {"dtype": "fp32", "threads": 1},

@@ -11,14 +11,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import metier
 import pytest
+
+import metier
 from conftest import write_specialist
 from metier import cli, runs
 from metier.training import loop
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> tuple[int, str, str]:
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path
+) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["metier", *map(str, words)])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
@@ -62,7 +65,11 @@ def edit(spec: Path, old: str, new: str) -> None:
 
 BAD = {
     "setting missing": (lambda s: edit(s, "name: colours\n", ""), "name is missing", "add `name:`"),
-    "setting misspelt": (lambda s: edit(s, "learning_rate", "learning_rte"), "learning_rte is not a setting", "learning_rate?"),
+    "setting misspelt": (
+        lambda s: edit(s, "learning_rate", "learning_rte"),
+        "learning_rte is not a setting",
+        "learning_rate?",
+    ),
     "no settings": (lambda s: (s / "specialist.yaml").unlink(), "no settings at", "specialist.yaml"),
     "data missing": (lambda s: (s / "pairs.jsonl").unlink(), "pairs.jsonl", ""),
     "data empty": (lambda s: (s / "pairs.jsonl").write_text(""), "empty", ""),
@@ -80,7 +87,11 @@ BAD = {
         "no grader",
         "field:colour",
     ),
-    "no such module": (lambda s: change(s, train=[{"targets": ["q_prj"]}]), "no linear layer is called q_prj", "q_proj"),
+    "no such module": (
+        lambda s: change(s, train=[{"targets": ["q_prj"]}]),
+        "no linear layer is called q_prj",
+        "q_proj",
+    ),
     "rank too large": (lambda s: change(s, train=[{"rank": 500}]), "rank 500", "at most"),
     "no such device": (lambda s: change(s, machine={"device": "cuda"}), "there is no cuda here", "cpu"),
 }
@@ -107,7 +118,9 @@ def test_a_row_without_text_is_refused_and_the_rest_are_used(specialist: Path, t
         file.write('{"prompt": "", "completion": "{}"}\n{"prompt": "cut')
     code, out, _ = run_cli("build", specialist, "--runs", tmp_path, "--json")
     counts = json.loads(out)["counts"]
-    assert code == 0 and counts["in"] == 62 and counts["in"] == counts["used"] + counts["duplicate"] + counts["rejected"]
+    assert (
+        code == 0 and counts["in"] == 62 and counts["in"] == counts["used"] + counts["duplicate"] + counts["rejected"]
+    )
     ledger = (tmp_path / "colours" / "data" / "ledger.jsonl").read_text()
     assert "pairs.jsonl:61" in ledger and "pairs.jsonl:62" in ledger
 
@@ -148,7 +161,9 @@ def test_the_whole_line_in_json(specialist: Path, tmp_path: Path, run_cli) -> No
     whole = json.loads(out)
     assert code == {"ship": 0, "do-not-ship": 3, "cannot-tell": 4}[whole["verdict"]]
     assert [a["act"] for a in whole["acts"]][:3] == ["build", "train", "prove"]
-    assert {"act", "run", "status", "seconds", "outputs"} <= whole.keys() and all(Path(p).exists() for p in whole["outputs"])
+    assert {"act", "run", "status", "seconds", "outputs"} <= whole.keys() and all(
+        Path(p).exists() for p in whole["outputs"]
+    )
     code, out, _ = run_cli("train", specialist, "--runs", tmp_path, "--json")
     assert code == 0 and json.loads(out)["status"] == "up to date"
     code, out, _ = run_cli("ask", tmp_path / "colours", "is it red", "--json")

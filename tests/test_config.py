@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
+
 from metier import config
 from metier.errors import ConfigError
-from pydantic import BaseModel
 
 GOOD = "name: a\ntask: {instruction: hi}\ndata: {examples: [a.jsonl]}\n"
 
@@ -125,10 +127,8 @@ def test_overrides(tmp_path: Path) -> None:
 
 @given(st.text(max_size=60))
 def test_no_text_gives_another_kind_of_error(text: str) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         config.validate(config.parse(text, "x"), "x")
-    except ConfigError:
-        pass
 
 
 def settings_classes(owner: type[BaseModel]) -> set[type[BaseModel]]:

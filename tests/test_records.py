@@ -7,15 +7,23 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from metier import records
 from metier.errors import DataError
 from metier.records import Example, Message
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",))), inner, max_size=4
+        )
+    ),
     max_leaves=12,
 )
 
@@ -61,7 +69,9 @@ def test_lines_end_at_the_byte_lf_only(tmp_path: Path) -> None:
 
 
 def test_examples_survive_the_disk(tmp_path: Path) -> None:
-    made = Example("i", (Message("user", "ü\n木"), Message("assistant", "a")), {"row": 1}, "g", {"k": [1, None]}, ("json",))
+    made = Example(
+        "i", (Message("user", "ü\n木"), Message("assistant", "a")), {"row": 1}, "g", {"k": [1, None]}, ("json",)
+    )
     bare = Example("j", (Message("user", "q"), Message("assistant", "a")), {"document": "d"}, "h")
     (tmp_path / "f.jsonl").write_bytes(records.lines([made, bare]))
     assert records.examples(tmp_path / "f.jsonl") == [made, bare]

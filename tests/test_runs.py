@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from metier import runs
 from metier.errors import ResourceError, RunError
 from metier.runs import Run, open_run
@@ -83,7 +84,10 @@ def test_a_kill_around_the_two_renames_loses_nothing(tmp_path: Path, cut: str, m
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     with open_run(tmp_path, "r"):
-        code = f"from metier.runs import open_run\nfrom pathlib import Path\nwith open_run(Path({str(tmp_path)!r}), 'r'): pass"
+        code = (
+            "from metier.runs import open_run\nfrom pathlib import Path\n"
+            f"with open_run(Path({str(tmp_path)!r}), 'r'):\n    pass"
+        )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"process {os.getpid()}" in out.stderr and "RunError" in out.stderr
     with open_run(tmp_path, "r"):

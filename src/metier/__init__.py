@@ -90,7 +90,9 @@ def _opened(spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bo
     loaded = config.load(spec, settings)
     if (Path(runs) / loaded.spec.name).resolve() == loaded.folder:
         raise ConfigError(
-            "the run would land in the specialist's own folder", where=str(loaded.folder), fix="give another --runs folder"
+            "the run would land in the specialist's own folder",
+            where=str(loaded.folder),
+            fix="give another --runs folder",
         )
     with open_run(Path(runs), loaded.spec.name, create=not dry) as run:
         yield loaded, run

@@ -105,25 +105,25 @@ def _settings(act: str, loaded: Loaded) -> dict[str, Any]:
     }[act]
 
 
+_READS: dict[str, dict[str, tuple[str, ...]]] = {
+    "train": {"build": ("train.jsonl", "valid.jsonl")},
+    "prove": {
+        "build": ("test.jsonl", "train.jsonl", "task.json"),
+        "train": ("adapter/adapter_model.safetensors", "registered.json"),
+    },
+    "ship": {"train": ("adapter/adapter_model.safetensors",), "prove": ("verdict.json",), "build": ("task.json",)},
+}
+
+
 def _inputs(act: str, loaded: Loaded, run: Run) -> dict[str, str]:
     """The sha256 of everything an act reads, by name."""
     from metier.data import build
     from metier.models import load
 
+    found = {"base": load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)}
     if act == "build":
-        base = load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
-        return build.inputs(loaded) | {"base": base}
-    base = load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
-    reads = {
-        "train": {"build": ("train.jsonl", "valid.jsonl")},
-        "prove": {
-            "build": ("test.jsonl", "train.jsonl", "task.json"),
-            "train": ("adapter/adapter_model.safetensors", "registered.json"),
-        },
-        "ship": {"train": ("adapter/adapter_model.safetensors",), "prove": ("verdict.json",), "build": ("task.json",)},
-    }[act]
-    found = {"base": base}
-    for earlier, names in reads.items():
+        return build.inputs(loaded) | found
+    for earlier, names in _READS[act].items():
         folder = run.require(earlier)
         found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in names}
     return found
@@ -197,7 +197,8 @@ def _judge(loaded: Loaded, run: Run, work: Path, rates: Rates) -> dict[str, Any]
     card = runs.read_json(data / "dataset.json")
     sealed = {
         "registered": before,
-        "registered_before_training": before == registration(loaded.spec, runs.read_json(data / "task.json"))["registered"],
+        "registered_before_training": before
+        == registration(loaded.spec, runs.read_json(data / "task.json"))["registered"],
         "seal": card["seal"],
     }
     groups = {e.id: e.group for e in records.examples(data / "test.jsonl")}

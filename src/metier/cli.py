@@ -25,7 +25,10 @@ EXIT = {"ship": errors.DONE, "do-not-ship": errors.DO_NOT_SHIP, "cannot-tell": e
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=_CONTEXT, epilog="Exit codes: 0 done or ship, 1 failed, 2 wrong input, 3 do not ship, 4 cannot tell.")
+@click.group(
+    context_settings=_CONTEXT,
+    epilog="Exit codes: 0 done or ship, 1 failed, 2 wrong input, 3 do not ship, 4 cannot tell.",
+)
 @click.version_option(metier.__version__, prog_name="metier")
 def commands() -> None:
     """Turn a general language model into a specialist, and prove that it is better.
@@ -49,7 +52,9 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--dry-run", "dry", is_flag=True, help="Say what would be done and what it would cost."),
         click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where run folders lie."),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting, as train.rank=8."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting, as train.rank=8."
+        ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
         click.argument("spec", metavar="SPEC"),
     ):
@@ -198,7 +203,12 @@ def _print(outcomes: list[Outcome], as_json: bool, dry: bool) -> None:
     if as_json:
         records = [o.record() for o in outcomes]
         last = outcomes[-1]
-        whole = {"act": "run", "run": str(last.run), "status": last.status, "seconds": sum(o.seconds for o in outcomes)}
+        whole: dict[str, Any] = {
+            "act": "run",
+            "run": str(last.run),
+            "status": last.status,
+            "seconds": sum(o.seconds for o in outcomes),
+        }
         whole["outputs"] = [path for o in outcomes for path in o.outputs]
         whole |= {k: v for o in outcomes for k, v in o.figures.items() if k in ("verdict", "claims", "arms")}
         _out(records[0] if len(records) == 1 else whole | {"acts": records})

@@ -157,13 +157,14 @@ class Claim(Settings):
         return f"beats: {self.beats}" if self.beats else f"format: {self.format}"
 
 
-ARMS = ("base", "prompt", "few-shot", "tuned")
+Arm = Literal["base", "prompt", "few-shot", "tuned"]
+ARMS: tuple[Arm, ...] = ("base", "prompt", "few-shot", "tuned")
 
 
 class Prove(Settings):
     """What is claimed and how it is measured; hashed before training."""
 
-    arms: tuple[Literal["base", "prompt", "few-shot", "tuned"], ...] = Field(ARMS, description="Systems compared.")
+    arms: tuple[Arm, ...] = Field(ARMS, description="Systems compared.")
     claims: tuple[Claim, ...] = Field(
         (Claim(beats="prompt"), Claim(beats="few-shot")),  # type: ignore[call-arg]
         min_length=1,
@@ -289,9 +290,13 @@ def parse(text: str, where: str) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         raise ConfigError(f"not YAML: {problem}", where=place, fix="check the indentation and quotes there") from error
     if loaded is None:
-        raise ConfigError("the settings are empty", where=where, fix="start from a recipe: metier new licence-clerk DIR")
+        raise ConfigError(
+            "the settings are empty", where=where, fix="start from a recipe: metier new licence-clerk DIR"
+        )
     if not isinstance(loaded, dict):
-        raise ConfigError("the settings are not a mapping", where=where, fix="write `name: ...` and so on, a key a line")
+        raise ConfigError(
+            "the settings are not a mapping", where=where, fix="write `name: ...` and so on, a key a line"
+        )
     return loaded
 
 
@@ -337,7 +342,7 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 _Loader.add_constructor(
     "tag:yaml.org,2002:float",
-    lambda loader, node: _yaml_float(loader.construct_scalar(node)),
+    lambda loader, node: _yaml_float(str(node.value)),
 )
 
 
@@ -351,18 +356,14 @@ def _yaml_float(text: str) -> float:
 def _guarded(text: str, where: str) -> Iterator[object]:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        place = f"{where}:{event.start_mark.line + 1}"
+        place = f"{where}:{event.start_mark.line + 1}" if event.start_mark else where
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError("YAML anchors and aliases are not used here", where=place, fix="write the value out")
         if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag not in (None, "!"):
             raise ConfigError(f"the tag {event.tag} is refused", where=place, fix="write plain values")
-        plain = isinstance(event, yaml.ScalarEvent) and event.style is None
-        if plain and re.fullmatch(r"[-+]?0[0-9]+", event.value):  # type: ignore[union-attr]
-            raise ConfigError(
-                f"{event.value} may mean two numbers",  # type: ignore[union-attr]
-                where=place,
-                fix="drop the leading zero, or quote it",
-            )
+        plain = event.value if isinstance(event, yaml.ScalarEvent) and event.style is None else ""
+        if re.fullmatch(r"[-+]?0[0-9]+", plain):
+            raise ConfigError(f"{plain} may mean two numbers", where=place, fix="drop the leading zero, or quote it")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -416,7 +417,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         return ConfigError(f"{place} is missing", where=where, fix=f"add `{first['loc'][-1]}:`; see docs/settings.md")
     shown = "" if isinstance(first["input"], dict) else f" (it is {str(first['input'])[:60]!r})"
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{place or 'settings'}: {message}{shown}", where=where, fix="see docs/settings.md for its range")
+    return ConfigError(
+        f"{place or 'settings'}: {message}{shown}", where=where, fix="see docs/settings.md for its range"
+    )
 
 
 def _owner(location: tuple[int | str, ...]) -> type[BaseModel]:

@@ -45,7 +45,9 @@ def words(found: dict[str, Any]) -> list[str]:
         f"cache {found['cache']['folder']}, {found['cache']['free_gb']} GB free",
     ]
     for name, there in found["cache"]["bases"].items():
-        lines.append(f"base {name}: {'ready' if there else 'is fetched on first use'} ({load.EMBEDDED[name].megabytes} MB)")
+        lines.append(
+            f"base {name}: {'ready' if there else 'is fetched on first use'} ({load.EMBEDDED[name].megabytes} MB)"
+        )
     for extra, missing in found["extras"].items():
         lines.append(
             f"extra {extra}: ready"

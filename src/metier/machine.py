@@ -65,7 +65,7 @@ def key() -> str:
 
 
 def prepare(threads: int = 0) -> None:
-    """Sets threads, and keeps freed memory in the process: page faults on fresh buffers can cost more than the maths."""
+    """Sets threads, and keeps freed memory in the process: page faults on fresh buffers can cost more than maths."""
     import torch
 
     torch.set_num_threads(threads or cores())

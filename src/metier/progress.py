@@ -48,7 +48,7 @@ def _live(what: str, total: float, unit: str, done: float) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
-        task = progress.add_task(what, total=total, completed=done, text="")
+        task = progress.add_task(what, total=total, completed=round(done), text="")
         yield lambda amount=1, text="": progress.update(task, advance=amount, text=text)
 
 

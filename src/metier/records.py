@@ -142,7 +142,9 @@ def lines(rows: Iterable[Any]) -> bytes:
 def loads(data: bytes, where: str, limit: int = MAX_ROW_BYTES) -> Any:
     """Strict JSON from bytes; `where` (file:line) goes into the error."""
     if len(data) > limit:
-        raise DataError(f"a row of {len(data):,} bytes is over the limit of {limit:,}", where=where, fix="split the row")
+        raise DataError(
+            f"a row of {len(data):,} bytes is over the limit of {limit:,}", where=where, fix="split the row"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -250,7 +252,9 @@ def _hold_text(value: Any, where: str) -> None:
         if "\0" in value:
             raise DataError("a text holds a NUL character", where=where, fix="remove \\u0000 from the row")
         if _SURROGATE.search(value):
-            raise DataError("a text holds a lone surrogate", where=where, fix="remove the broken \\ud800-\\udfff escape")
+            raise DataError(
+                "a text holds a lone surrogate", where=where, fix="remove the broken \\ud800-\\udfff escape"
+            )
     elif isinstance(value, dict):
         for key, inner in value.items():
             _hold_text(key, where)

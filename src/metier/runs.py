@@ -74,7 +74,9 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path.name} is missing", where=str(path), fix="run the act that makes it again") from error
     except (OSError, MetierError) as error:
         raise RunError(
-            f"{path.name} is damaged: {error}".split("\n")[0], where=str(path), fix="delete the run folder and run again"
+            f"{path.name} is damaged: {error}".split("\n")[0],
+            where=str(path),
+            fix="delete the run folder and run again",
         ) from error
 
 
@@ -137,7 +139,7 @@ class Run:
     def up_to_date(self, act: str, fingerprint: str) -> bool:
         """Whether the act was finished with these inputs and its files are as it left them."""
         manifest = self.manifest(act)
-        return bool(manifest) and manifest["fingerprint"] == fingerprint and not self.damaged(act)
+        return manifest is not None and manifest["fingerprint"] == fingerprint and not self.damaged(act)
 
     def damaged(self, act: str) -> str:
         """The first published file that is missing or altered, as a sentence; empty where all are whole."""
@@ -172,9 +174,15 @@ class Run:
         return folder
 
     def publish(
-        self, act: str, *, settings: dict[str, Any], inputs: dict[str, str], seconds: float, mutable: tuple[str, ...] = ()
+        self,
+        act: str,
+        *,
+        settings: dict[str, Any],
+        inputs: dict[str, str],
+        seconds: float,
+        mutable: tuple[str, ...] = (),
     ) -> None:
-        """Moves the working folder to its place. Paths that start as `mutable` says may change or go, and are not hashed."""
+        """Moves the working folder to its place. Paths that start as `mutable` says may change later."""
         work = self.folder / f".work-{act}"
         fingerprint = (work / "fingerprint").read_text()
         (work / "fingerprint").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from metier.evaluate import metrics, systems
 from metier.evaluate.format import parsed
 from metier.records import Case, Completion, Example, Message

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from conftest import write_model
 from metier.errors import ConfigError, ModelError
 from metier.models import attention, head, load, lora
 from metier.models.attention import Rows
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from metier.models import generate, load, lora
 from metier.models.generate import Decoding
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 NEVER: frozenset[int] = frozenset()
@@ -52,9 +53,7 @@ def test_cached_equals_running_the_whole_text_anew(model: torch.nn.Module, tiny:
 
 
 @pytest.mark.parametrize("decoding", [Decoding(10), Decoding(10, temperature=1.0, top_p=0.9, seed=4)])
-def test_batched_equals_one_by_one(
-    model: torch.nn.Module, decoding: Decoding, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batched_equals_one_by_one(model: torch.nn.Module, decoding: Decoding, monkeypatch: pytest.MonkeyPatch) -> None:
     given = prompts(9, shared=12)
     stop = frozenset(range(3, 60))
     together = run(model, given, decoding, stop)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from metier.errors import ModelError
 from metier.models import load
 

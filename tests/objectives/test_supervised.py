@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from metier.objectives.supervised import cross_entropy
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHATML, SPECIAL, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from conftest import CHATML, SPECIAL, write_tokenizer
 from metier.errors import DataError, ModelError
 from metier.records import Message
 from metier.text.chat import Renderer
 
 TEXTS = st.lists(
-    st.sampled_from([*"aZ 0.\n\t{}\"<|>木é", *SPECIAL, "<|im_", "start|>", "\u200b", "＜|im_end|＞"]), max_size=12
+    st.sampled_from([*'aZ 0.\n\t{}"<|>木é', *SPECIAL, "<|im_", "start|>", "\u200b", "＜|im_end|＞"]), max_size=12
 ).map("".join)
 
 
@@ -71,7 +72,11 @@ def test_stop_is_what_the_template_puts_behind_an_answer(renderer: Renderer) -> 
 @pytest.mark.parametrize(
     ("template", "error", "says"),
     [
-        ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", ModelError, "drops"),
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            ModelError,
+            "drops",
+        ),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", ModelError, "drops|rewrites"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", ModelError, "no end token"),
         ("{{ raise_exception('only cats') }}", DataError, "only cats"),
@@ -99,7 +104,7 @@ def test_templates_cannot_reach_python(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_tokenizers_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="tokenizer.json is missing"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
         Renderer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="not JSON"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from metier.errors import NumericError
 from metier.models import load, lora
 from metier.text import batches
@@ -32,7 +34,9 @@ def rows(count: int = 8) -> list[Row]:
     return made
 
 
-def trained(tiny: Path, data: list[Row], schedule: loop.Schedule, prefix: int) -> tuple[torch.Tensor, list[loop.StepResult]]:
+def trained(
+    tiny: Path, data: list[Row], schedule: loop.Schedule, prefix: int
+) -> tuple[torch.Tensor, list[loop.StepResult]]:
     model = load.model(load.resolve(str(tiny), tiny), dtype=torch.float32, device=CPU)
     lora.attach(model, rank=4, alpha=8, targets="all-linear", seed=0)
     flat = loop.Flat(lora.parameters(model))
@@ -98,7 +102,7 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
     rates = [schedule.rate(s) for s in range(100)]
     assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert rates[10] == pytest.approx(1.0) and rates[55] == pytest.approx(0.5) and rates[99] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_clipping_bounds_the_step(tiny: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from metier.models import load, lora
 from metier.training.plan import Load, measured, plan, shape
 

@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import metier
 import pytest
+
+import metier
 from conftest import write_specialist
 from metier import acts, runs
 
@@ -56,7 +57,9 @@ def test_only_what_a_setting_touches_is_done_again(finished: tuple[Path, Path]) 
     spec, run = finished
 
     def stale(*settings: str) -> list[str]:
-        return [o.act for o in metier.run(spec, runs=run.parent, settings=settings, dry=True) if o.status == acts.PLANNED]
+        return [
+            o.act for o in metier.run(spec, runs=run.parent, settings=settings, dry=True) if o.status == acts.PLANNED
+        ]
 
     assert stale() == []
     assert stale("seed=1") == ["build", "train", "prove", "ship"]

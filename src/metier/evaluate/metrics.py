@@ -45,7 +45,10 @@ def _fields(case: Case, completion: Completion) -> list[Score]:
         scores.append(Score(case.id, completion.arm, f"field:{name}", float(right), why))
     whole = all(s.value for s in scores) and answer.keys() == case.expected.keys()
     wrong = ", ".join(s.grader.removeprefix("field:") for s in scores if not s.value)
-    return [*scores, Score(case.id, completion.arm, "all", float(whole), "" if whole else f"wrong: {wrong or 'extra keys'}")]
+    return [
+        *scores,
+        Score(case.id, completion.arm, "all", float(whole), "" if whole else f"wrong: {wrong or 'extra keys'}"),
+    ]
 
 
 def _exact(case: Case, completion: Completion) -> Score:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from metier import machine, progress, records, runs
@@ -50,7 +49,10 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
 
     shared: dict[str, int] = {}
     done = _whole_lines(work / OUTPUTS)
-    with runs.stoppable() as stop, progress.bar("prove", len(cases) * len(spec.prove.arms), "answers", len(done)) as bar:
+    with (
+        runs.stoppable() as stop,
+        progress.bar("prove", len(cases) * len(spec.prove.arms), "answers", len(done)) as bar,
+    ):
         for arm in spec.prove.arms:
             prompts = [renderer.prompt(asks[arm](case)) for case in cases]
             shared[arm] = generate.common_prefix(prompts)
@@ -129,9 +131,7 @@ def _completion(case: Case, arm: str, prompt: np.ndarray, answer: Generated, ren
     return Completion(case.id, arm, text, int(prompt.size), new, answer.finish, round(answer.seconds, 4))
 
 
-def _scores(
-    cases: Sequence[Case], outputs: Path, schema: dict[str, Any] | None, arms: Sequence[str]
-) -> list[Score]:
+def _scores(cases: Sequence[Case], outputs: Path, schema: dict[str, Any] | None, arms: Sequence[str]) -> list[Score]:
     """Scores in the order of arms and cases, whatever order the answers came in."""
     found = {(c.case, c.arm): c for c in records.completions(outputs)}
     return [s for arm in arms for case in cases for s in metrics.grade(case, found[case.id, arm], schema)]

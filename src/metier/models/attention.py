@@ -243,7 +243,8 @@ def _causal(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, blocked: Tensor | None,
     size = (1, q_THD.shape[0])
     place_T = torch.arange(size[1], device=q_THD.device)
     none = k_TJD[:0]
-    return _PaddedAttention.apply(q_THD, k_TJD, v_TJD, none, none, place_T, size, blocked, scale)
+    out_THD: Tensor = _PaddedAttention.apply(q_THD, k_TJD, v_TJD, none, none, place_T, size, blocked, scale)
+    return out_THD
 
 
 def _flash(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, allowed: Tensor | None, scale: float) -> Tensor:

@@ -138,9 +138,7 @@ def _decode(
 def _forward(model: PreTrainedModel, ids_T: np.ndarray | Tensor, layout: Prefix | Rows | Step) -> Tensor:
     """Last hidden states (T, D) of flat tokens under a layout."""
     ids = torch.as_tensor(ids_T, device=model.device)
-    out = model.get_decoder()(
-        input_ids=ids[None], position_ids=layout.position_T[None], use_cache=False, layout=layout
-    )
+    out = model.get_decoder()(input_ids=ids[None], position_ids=layout.position_T[None], use_cache=False, layout=layout)
     return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 

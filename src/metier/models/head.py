@@ -19,7 +19,8 @@ CHUNK = 1024
 
 def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
     """(K,) float32 natural-log probabilities of the targets; differentiable in `hidden_KD` only."""
-    return _TargetLogprobs.apply(hidden_KD, weight_VD, target_K)
+    logprob_K: Tensor = _TargetLogprobs.apply(hidden_KD, weight_VD, target_K)
+    return logprob_K
 
 
 class _TargetLogprobs(torch.autograd.Function):

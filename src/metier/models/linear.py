@@ -34,7 +34,7 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             return nn.functional.linear(x, self.weight, self.bias)
         flat_TI = x.reshape(-1, x.shape[-1])
-        y_TO = _LoraProduct.apply(flat_TI, self.weight, self.lora_A, self.lora_B, self.scale)
+        y_TO: Tensor = _LoraProduct.apply(flat_TI, self.weight, self.lora_A, self.lora_B, self.scale)
         y_TO = y_TO if self.bias is None else y_TO + self.bias
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 

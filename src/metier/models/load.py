@@ -9,7 +9,6 @@ the engine does not reproduce exactly is refused by name.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         with runs.disk(folder):
             gguf.to_folder(gguf_file, temporary)
             if not folder.exists():
-                os.replace(temporary, folder)
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -252,7 +251,9 @@ def _held_config(base: Base) -> Any:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"config.json cannot be read: {error}", where=str(path), fix="fetch the model again") from error
+        raise ModelError(
+            f"config.json cannot be read: {error}", where=str(path), fix="fetch the model again"
+        ) from error
     if any("sliding" in str(t) for t in getattr(config, "layer_types", None) or ()) or (
         kind == "mistral" and config.sliding_window
     ):

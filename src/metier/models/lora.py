@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,16 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
     known = {n.rsplit(".", 1)[-1] for n in linears}
     wanted = known if targets == "all-linear" else set(targets)
     if unknown := sorted(wanted - known):
-        raise ConfigError(f"no linear layer is called {unknown[0]}", where="train.targets", fix=nearest(unknown[0], known))
+        raise ConfigError(
+            f"no linear layer is called {unknown[0]}", where="train.targets", fix=nearest(unknown[0], known)
+        )
     chosen = [n for n in linears if n.rsplit(".", 1)[-1] in wanted]
     smallest = min(min(linears[n].weight.shape) for n in chosen)
     if rank > smallest:
         raise ConfigError(
-            f"rank {rank} is over the smallest side of the adapted layers", where="train.rank", fix=f"use at most {smallest}"
+            f"rank {rank} is over the smallest side of the adapted layers",
+            where="train.rank",
+            fix=f"use at most {smallest}",
         )
     for place, name in enumerate(chosen):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
@@ -83,7 +88,7 @@ def save(model: nn.Module, folder: Path, *, base: str) -> None:
     rank = first.lora_A.shape[0]
     folder.mkdir(parents=True, exist_ok=True)
     runs.write(folder / WEIGHTS, tensors_bytes(state(model)))
-    settings = {
+    settings: dict[str, Any] = {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -157,7 +162,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"not a safetensors file: {error}", where=str(path), fix="fetch or make it again") from error
 
 
-def _settings(folder: Path) -> dict[str, object]:
+def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     settings = runs.read_json(path)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")

@@ -92,7 +92,7 @@ def _training(loaded: Loaded, base: Base, data: dict[str, Any], plan: dict[str, 
     split = data["splits"]["train"]
     return (
         f"LoRA, rank {stage.rank}, alpha {stage.alpha:g}, on {_targets(stage.targets)} of {base.source} "
-        f"(weights sha256 `{base.sha256}`). {split['rows']:,} rows with {split['supervised_tokens']:,} supervised tokens, "
+        f"(weights sha256 `{base.sha256}`). {split['rows']:,} rows, {split['supervised_tokens']:,} supervised tokens, "
         f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
         f"{plan['dtype']}, seed {loaded.spec.seed}. {plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "

@@ -151,9 +151,7 @@ class Renderer:
     def _run(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         shown = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return str(
-                self._compiled.render(messages=shown, add_generation_prompt=generation_prompt, **self._special)
-            )
+            return str(self._compiled.render(messages=shown, add_generation_prompt=generation_prompt, **self._special))
         except TemplateError as error:
             raise DataError(
                 f"the model's chat template refuses the conversation: {error}",

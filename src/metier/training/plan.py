@@ -76,7 +76,9 @@ class Load:
     epochs: float
 
 
-def plan(shape: Shape, load: Load, *, dtype: str, gflops: float, memory_gb: float, device: str, tokens: int) -> dict[str, Any]:
+def plan(
+    shape: Shape, load: Load, *, dtype: str, gflops: float, memory_gb: float, device: str, tokens: int
+) -> dict[str, Any]:
     """`plan.json`: choices with their reasons, memory and speed as predicted; measurements are added afterwards."""
     budget = tokens or _token_budget(shape, load, dtype, memory_gb)
     seconds = load.computed_tokens * load.epochs * _flops_per_token(shape, load) / (gflops * 1e9 * EFFICIENCY)

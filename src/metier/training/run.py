@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +169,13 @@ def _go_on(work: Path, flat: loop.Flat, log: _Log) -> None:
 
 
 def _finish(
-    loaded: Loaded, work: Path, model: PreTrainedModel, flat: loop.Flat, chosen: dict[str, Any], log: _Log, base: load.Base
+    loaded: Loaded,
+    work: Path,
+    model: PreTrainedModel,
+    flat: loop.Flat,
+    chosen: dict[str, Any],
+    log: _Log,
+    base: load.Base,
 ) -> dict[str, Any]:
     """Writes the adapter (of the best validation, where there was one), the plot and the measured plan."""
     if log.best is not None:
