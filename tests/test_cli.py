@@ -184,6 +184,7 @@ def test_dry_run_writes_nothing(specialist: Path, tmp_path: Path, run_cli) -> No
 def test_new_copies_a_recipe_and_never_over_something(tmp_path: Path, run_cli) -> None:
     code, out, _ = run_cli("new", "licence-clerk", tmp_path / "new")
     assert code == 0 and "metier run" in out and (tmp_path / "new" / "specialist.yaml").is_file()
+    assert "\nname: new\n" in (tmp_path / "new" / "specialist.yaml").read_text()
     (tmp_path / "new" / "specialist.yaml").write_text("mine")
     code, _, err = run_cli("new", "licence-clerk", tmp_path / "new")
     assert code == 2 and "exists already" in err and (tmp_path / "new" / "specialist.yaml").read_text() == "mine"

@@ -37,7 +37,7 @@ def run(model: torch.nn.Module, given: list[np.ndarray], decoding: Decoding, sto
     return [(found[i].ids, found[i].finish) for i in range(len(given))]
 
 
-@pytest.mark.parametrize("shared", [0, 20])
+@pytest.mark.parametrize("shared", [0, 20, 130])
 def test_cached_equals_running_the_whole_text_anew(model: torch.nn.Module, tiny: Path, shared: int) -> None:
     untouched = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="eager").eval()
     given = prompts(4, shared)
@@ -66,6 +66,15 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(model: torch.nn.Modul
     given = prompts(6)
     drawn = {seed: run(model, given, Decoding(8, temperature=1.5, seed=seed)) for seed in (1, 2)}
     assert drawn[1] != drawn[2] and drawn[1] == run(model, given, Decoding(8, temperature=1.5, seed=1))
+
+
+def test_reading_in_parts_changes_nothing(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(9, shared=12)
+    together = run(model, given, Decoding(6))
+    monkeypatch.setattr(generate, "PROMPT_TOKENS", 20)
+    assert run(model, given, Decoding(6)) == together
+    monkeypatch.setattr(generate, "CACHE_TOKENS", 30)
+    assert len(generate.batches(given)) > 2 and run(model, given, Decoding(6)) == together
 
 
 def test_a_tiny_nucleus_is_greedy(model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 NAME = "metier"
 LONG = 768
+APART_FROM = 96
 
 
 class Rows:
@@ -46,8 +47,11 @@ class Rows:
         kp_PJD, vp_PJD = k_TJD[:p], v_TJD[:p]
         if self.cache is not None:
             if self.cache.prefix:
-                kp_PJD, vp_PJD = self.cache.prefix_of(layer)
+                kp_JDP, vp_JPD = self.cache.prefix_of(layer)
+                kp_PJD, vp_PJD = kp_JDP.permute(2, 0, 1), vp_JPD.transpose(0, 1)
             self.cache.keep(layer, k_TJD, v_TJD, self)
+        if self.cache is not None and self.cache.prefix >= APART_FROM and self.longest <= LONG:
+            return self._apart(q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, scale)
         if self.longest > LONG:
             rows = self._one_by_one(q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, scale)
         else:
@@ -55,6 +59,28 @@ class Rows:
                 q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, self.place_T, self.size, self.blocked_SK, scale
             )
         return rows if p == 0 else torch.cat([_causal(q_THD[:p], k_TJD[:p], v_TJD[:p], self.blocked_PP, scale), rows])
+
+    def _apart(
+        self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
+    ) -> Tensor:
+        """Long shared prefixes while generating: prefix and rows apart, joined by their log-sum-exps, exactly.
+
+        A softmax over two sets of keys is the mean of the two softmaxes, weighted by their sums of exponentials; so
+        the prefix is read once for all rows, by the flash kernel, and never copied into each of them.
+        """
+        heads = (k_TJD.shape[1], q_THD.shape[1] // k_TJD.shape[1])
+        assert self.blocked_SK is not None
+        q = _pad_queries(q_THD, self.place_T, self.size, heads)
+        k, v = (_pad(t, self.place_T, self.size).transpose(1, 2) for t in (k_TJD, v_TJD))
+        scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
+        own = self.blocked_SK[:, self.cache.prefix :] if self.cache is not None else self.blocked_SK
+        scores.view(self.size[0], *heads, *own.shape).masked_fill_(own, -torch.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        mine_THD = _unpad_queries(torch.matmul((scores - lse).exp_().to(q.dtype), v), self.place_T, self.size, heads)
+        lse_TH1 = _unpad_queries(lse, self.place_T, self.size, heads)
+        shared_THD, shared_lse_TH1 = _all_keys(q_THD, kp_PJD, vp_PJD, scale)
+        share_TH1 = torch.sigmoid(shared_lse_TH1 - lse_TH1)
+        return torch.lerp(mine_THD.float(), shared_THD.float(), share_TH1).to(q_THD.dtype)
 
     def _one_by_one(
         self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
@@ -67,32 +93,49 @@ class Rows:
 
 
 class Cache:
-    """Keys and values of a shared prefix (once) and of B rows, for `C` more tokens than the rows' longest prompt."""
+    """Keys and values of a shared prefix (once) and of B rows, with room for the tokens to come.
+
+    Rows lie as (B, J, C, D) and are never sliced while decoding: a slice would be copied for every product.
+    """
 
     def __init__(self) -> None:
         self.prefix = 0
         self._prefix: list[tuple[Tensor, Tensor]] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
-        self.room = 0
+        self._size = (0, 0)
+        self._at = 0
+
+    def keep_prefix(self, k_PJD: Tensor, v_PJD: Tensor) -> None:
+        self._prefix.append((k_PJD.permute(1, 2, 0).contiguous(), v_PJD.transpose(0, 1).contiguous()))
 
     def prefix_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (J, D, P) and values (J, P, D)."""
         return self._prefix[layer]
 
+    def open_rows(self, rows: int, slots: int) -> None:
+        """Forgets the rows it held and makes room for others, of `slots` tokens each; layers fill them in turn."""
+        self._rows, self._size, self._at = [], (rows, slots), 0
+
     def keep(self, layer: int, k_TJD: Tensor, v_TJD: Tensor, rows: Rows) -> None:
-        """Stores what the rows computed, padded to (B, J, S + room, D)."""
-        room = k_TJD.new_zeros(len(rows.lengths), self.room, *k_TJD.shape[1:])
-        keys, values = (
-            torch.cat([_pad(flat, rows.place_T, rows.size), room], dim=1).transpose(1, 2).contiguous()
-            for flat in (k_TJD, v_TJD)
-        )
-        self._rows.append((keys, values))
+        """Stores what the next few rows computed in a layer."""
+        if layer == len(self._rows):
+            shape = (self._size[0], k_TJD.shape[1], self._size[1], k_TJD.shape[2])
+            self._rows.append((k_TJD.new_zeros(shape), v_TJD.new_zeros(shape)))
+        for stored, flat in zip(self._rows[layer], (k_TJD, v_TJD), strict=True):
+            padded = _pad(flat, rows.place_T, rows.size).transpose(1, 2)
+            stored[self._at : self._at + rows.size[0], :, : rows.longest] = padded
+
+    def kept(self, rows: int) -> None:
+        """All layers have stored these rows; the next ones come behind them."""
+        self._at += rows
+
+    def rows_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, J, C, D)."""
+        return self._rows[layer]
 
     def select(self, keep_B: Tensor) -> None:
         """Keeps only the rows of `keep_B` (indices)."""
         self._rows = [(k.index_select(0, keep_B), v.index_select(0, keep_B)) for k, v in self._rows]
-
-    def clear_rows(self) -> None:
-        self._rows = []
 
 
 class Prefix:
@@ -105,7 +148,7 @@ class Prefix:
         self.blocked = _blocked(length, 0, device) if length <= LONG else None
 
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
-        self.cache._prefix.append((k_TJD, v_TJD))
+        self.cache.keep_prefix(k_TJD, v_TJD)
         return _causal(q_THD, k_TJD, v_TJD, self.blocked, scale)
 
 
@@ -115,34 +158,26 @@ class Step:
     def __init__(self, cache: Cache, filled_B: Tensor) -> None:
         self.cache, self.filled_B = cache, filled_B
         self.position_T = filled_B + cache.prefix
-        self.longest = int(filled_B.max()) + 1
-        slots = torch.arange(self.longest, device=filled_B.device)
-        prefix = torch.zeros(len(filled_B), cache.prefix, dtype=torch.bool, device=filled_B.device)
-        self.blocked_BK = torch.cat([prefix, slots > filled_B[:, None]], dim=1)
+        self.row_B = torch.arange(len(filled_B), device=filled_B.device)
+        slots = torch.arange(cache.rows_of(0)[0].shape[2], device=filled_B.device)
+        self.blocked_BC = (slots > filled_B[:, None])[:, None, None]
 
     def attend(self, layer: int, q_BHD: Tensor, k_BJD: Tensor, v_BJD: Tensor, scale: float) -> Tensor:
         """Scores against prefix and own keys apart, joined in one softmax, so that the prefix is never copied."""
-        keys_BJCD, values_BJCD = self.cache._rows[layer]
-        rows = torch.arange(len(q_BHD), device=q_BHD.device)
-        keys_BJCD[rows, :, self.filled_B] = k_BJD
-        values_BJCD[rows, :, self.filled_B] = v_BJD
-        keys, values = keys_BJCD[:, :, : self.longest], values_BJCD[:, :, : self.longest]
+        keys, values = self.cache.rows_of(layer)
+        keys[self.row_B, :, self.filled_B] = k_BJD
+        values[self.row_B, :, self.filled_B] = v_BJD
         b, h, d = q_BHD.shape
-        j = keys.shape[1]
-        p = self.cache.prefix
+        j, p = keys.shape[1], self.cache.prefix
         q_BJGD = (q_BHD * scale).view(b, j, h // j, d)
-        scores = [q_BJGD @ keys.transpose(2, 3)]
-        if p:
-            kp_PJD, vp_PJD = self.cache.prefix_of(layer)
-            q_JND = q_BJGD.transpose(0, 1).reshape(j, -1, d)
-            prefix = (q_JND @ kp_PJD.permute(1, 2, 0)).view(j, b, h // j, p).transpose(0, 1)
-            scores.insert(0, prefix)
-        joined = torch.cat(scores, dim=3).float().masked_fill_(self.blocked_BK[:, None, None], -torch.inf)
-        weights = joined.softmax(dim=-1).to(q_BHD.dtype)
-        out = weights[..., p:] @ values
-        if p:
-            w_JNP = weights[..., :p].transpose(0, 1).reshape(j, -1, p)
-            out = out + (w_JNP @ vp_PJD.transpose(0, 1)).view(j, b, h // j, d).transpose(0, 1)
+        scores = (q_BJGD @ keys.transpose(2, 3)).float().masked_fill_(self.blocked_BC, -torch.inf)
+        if not p:
+            return (scores.softmax(-1).to(q_BHD.dtype) @ values).reshape(b, h, d)
+        kp_JDP, vp_JPD = self.cache.prefix_of(layer)
+        shared = (q_BJGD.transpose(0, 1).reshape(j, -1, d) @ kp_JDP).float().view(j, b, h // j, p)
+        weights = torch.cat([shared.transpose(0, 1), scores], dim=3).softmax(-1).to(q_BHD.dtype)
+        from_prefix = weights[..., :p].transpose(0, 1).reshape(j, -1, p) @ vp_JPD
+        out = weights[..., p:] @ values + from_prefix.view(j, b, h // j, d).transpose(0, 1)
         return out.reshape(b, h, d)
 
 
@@ -245,6 +280,21 @@ def _causal(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, blocked: Tensor | None,
     none = k_TJD[:0]
     out_THD: Tensor = _PaddedAttention.apply(q_THD, k_TJD, v_TJD, none, none, place_T, size, blocked, scale)
     return out_THD
+
+
+def _all_keys(q_THD: Tensor, k_PJD: Tensor, v_PJD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key (T, H, D), and its log-sum-exp (T, H, 1) in float32."""
+    groups = q_THD.shape[1] // k_PJD.shape[1]
+    q = q_THD.transpose(0, 1)[None]
+    k, v = (t.transpose(0, 1).repeat_interleave(groups, 0)[None] for t in (k_PJD, v_PJD))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+        lse = lse[..., None] if lse.dim() == 3 else lse
+    else:
+        scores = (q @ k.transpose(2, 3)).float().mul_(scale)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse).exp_().to(q.dtype) @ v
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
 def _flash(q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, allowed: Tensor | None, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 A row's answer depends on its own prompt and seed alone; batching changes rounding and nothing else (in float32 the
 ids are equal to one-by-one decoding). Rows are grouped by length, prompts go through the same attention as training,
-and a finished row leaves its batch.
+and finished rows leave their batch once they are many: matrix kernels are made anew for every new number of rows.
 
 Shape legend: B rows of a batch, V vocabulary.
 """
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from metier.models.attention import Cache, Prefix, Rows, Step
 
 ROWS = 64
+CACHE_TOKENS = 24_576
+LEAVE_BELOW = 0.7
 PROMPT_TOKENS = 4096
 SHARE_FROM = 8
 
@@ -50,14 +52,11 @@ def batches(prompts: Sequence[np.ndarray]) -> list[list[int]]:
     shared = common_prefix(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: (-prompts[i].size, i))
     groups: list[list[int]] = []
-    used = PROMPT_TOKENS
     for index in by_length:
-        size = prompts[index].size - shared
-        if used + size > PROMPT_TOKENS or len(groups[-1]) == ROWS:
+        full = not groups or len(groups[-1]) == ROWS
+        if full or (len(groups[-1]) + 1) * (prompts[groups[-1][0]].size - shared) > CACHE_TOKENS:
             groups.append([])
-            used = 0
         groups[-1].append(index)
-        used += size
     return groups
 
 
@@ -102,30 +101,29 @@ def _decode(
     stop_ids: frozenset[int],
     decoding: Decoding,
 ) -> list[tuple[list[int], str]]:
-    cache.clear_rows()
-    cache.room = decoding.max_new_tokens
     lengths = [t.size for t in tails]
-    rows = Rows(lengths, prefix=0, device=model.device, cache=cache)
-    hidden = _forward(model, np.concatenate(tails), rows)
-    last = torch.tensor(np.cumsum(lengths) - 1, device=model.device)
+    cache.open_rows(len(tails), max(lengths) + decoding.max_new_tokens)
+    hidden_BD = torch.cat([_read(model, part, cache) for part in _parts(tails)])
     draw = _Draw(decoding, indices)
     answers: list[list[int]] = [[] for _ in tails]
     finish = ["length"] * len(tails)
     alive = list(range(len(tails)))
+    ended: set[int] = set()
     filled_B = torch.tensor(lengths, device=model.device)
-    hidden_BD = hidden[last]
     for position in range(decoding.max_new_tokens):
         token_B = draw(_logits(model, hidden_BD), alive, position)
-        going = []
-        for place, (row, token) in enumerate(zip(alive, token_B.tolist(), strict=True)):
+        for row, token in zip(alive, token_B.tolist(), strict=True):
+            if row in ended:
+                continue
             if token in stop_ids:
                 finish[row] = "stop"
+                ended.add(row)
             else:
                 answers[row].append(token)
-                going.append(place)
-        if not going or position + 1 == decoding.max_new_tokens:
+        if len(ended) == len(tails) or position + 1 == decoding.max_new_tokens:
             break
-        if len(going) < len(alive):
+        going = [place for place, row in enumerate(alive) if row not in ended]
+        if len(going) <= LEAVE_BELOW * len(alive):
             keep = torch.tensor(going, device=model.device)
             cache.select(keep)
             token_B, filled_B = token_B[keep], filled_B[keep]
@@ -133,6 +131,26 @@ def _decode(
         hidden_BD = _forward(model, token_B, Step(cache, filled_B))
         filled_B = filled_B + 1
     return list(zip(answers, finish, strict=True))
+
+
+def _parts(tails: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Consecutive rows of at most `PROMPT_TOKENS` tokens together (or one row)."""
+    part: list[np.ndarray] = []
+    for tail in tails:
+        if part and sum(t.size for t in part) + tail.size > PROMPT_TOKENS:
+            yield part
+            part = []
+        part.append(tail)
+    yield part
+
+
+def _read(model: PreTrainedModel, tails: list[np.ndarray], cache: Cache) -> Tensor:
+    """Reads some rows' prompts into the cache; the states (rows, D) of their last tokens."""
+    lengths = [t.size for t in tails]
+    rows = Rows(lengths, prefix=0, device=model.device, cache=cache)
+    hidden_TD = _forward(model, np.concatenate(tails), rows)
+    cache.kept(len(tails))
+    return hidden_TD[torch.tensor(np.cumsum(lengths) - 1, device=model.device)]
 
 
 def _forward(model: PreTrainedModel, ids_T: np.ndarray | Tensor, layout: Prefix | Rows | Step) -> Tensor:
