@@ -1,6 +1,6 @@
 """Does a training that was killed end in the adapter of one that was not? On the real base model.
 
-    python bench/kill_resume.py [--kills 20] [--rows 96]
+    python bench/kill_resume.py [--kills 20] [--rows 64]
 
 Trains a small licence clerk once without interruption; then again and again, each time killed (SIGKILL) at a random
 moment, from the first import to the last write, and run again until it is finished. Counts equal adapter hashes.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,16 +29,17 @@ ADAPTER = Path("licence-clerk/train/adapter/adapter_model.safetensors")
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--kills", type=int, default=20)
-    words.add_argument("--rows", type=int, default=96)
+    words.add_argument("--rows", type=int, default=64)
     given = words.parse_args()
     moments = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
+        built = _build(Path(folder) / "built", given.rows)
         start = time.monotonic()
-        reference = _finish(_build(Path(folder) / "reference", given.rows))
+        reference = _finish(_copy(built, "reference"))
         length = time.monotonic() - start
         found = []
         for number in range(given.kills):
-            place = _build(Path(folder) / f"killed-{number}", given.rows)
+            place = _copy(built, f"killed-{number}")
             moment = moments.uniform(0, length)
             _kill(place, moment)
             found.append({"killed_after": round(moment, 1), "equal": _finish(place) == reference})
@@ -69,6 +71,13 @@ def _build(place: Path, rows: int) -> Path:
     place.mkdir()
     (place / "rows").write_text(f"data.sizes.train={rows}")
     subprocess.run(_argv("build", place), check=True, capture_output=True)
+    return place
+
+
+def _copy(built: Path, name: str) -> Path:
+    """A run folder with the same data and nothing trained."""
+    place = built.parent / name
+    shutil.copytree(built, place)
     return place
 
 

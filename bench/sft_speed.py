@@ -1,6 +1,6 @@
 """Training speed beside TRL + PEFT: same rows, same base, same adapter shape, alternating in one run.
 
-    python bench/sft_speed.py [--pairs 3] [--steps 10]
+    python bench/sft_speed.py [--pairs 3] [--steps 6]
 
 Every measurement is a process of its own, so that no allocator setting or patched class leaks from one to the other.
 TRL gets a bf16 base, no gradient checkpointing, a loss on the answer only, and the best of the batch sizes 1, 2, 4, 8
@@ -28,7 +28,7 @@ ROWS_A_STEP, WARM_UP = 16, 2
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--pairs", type=int, default=3)
-    words.add_argument("--steps", type=int, default=10)
+    words.add_argument("--steps", type=int, default=6)
     words.add_argument("--worker", choices=("ours", "trl"))
     words.add_argument("--batch", type=int, default=1)
     words.add_argument("--data", type=Path)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _compare(data: Path, pairs: int, steps: int) -> None:
-    sweep = {batch: _run("trl", data, 3, batch)["tokens_per_second"] for batch in (1, 2, 4, 8)}
+    sweep = {batch: _run("trl", data, 2, batch)["tokens_per_second"] for batch in (1, 2, 4, 8)}
     best = max(sweep, key=lambda b: sweep[b])
     print(f"TRL by batch size: {sweep}, best {best}", file=sys.stderr)
     found = []

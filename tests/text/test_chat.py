@@ -118,3 +118,14 @@ def test_a_model_without_template_gets_the_plain_one(tmp_path: Path) -> None:
     assert not plain.own_template
     out = plain.render([Message("user", "u"), Message("assistant", "a")])
     assert plain.parse(out.ids[out.supervised]) == "a" and json.dumps(plain.template)
+
+
+def test_a_character_the_vocabulary_cannot_write_is_refused_and_not_lost(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    del tree["model"]["vocab"]["\u0114"]  # the byte-level symbol of the control character 0x14
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    lacking = Renderer(tmp_path)
+    with pytest.raises(DataError, match=r"U\+0014"):
+        lacking.render([Message("user", "a\x14b"), Message("assistant", "x")])
+    assert lacking.render([Message("user", "ab"), Message("assistant", "x")]).supervised.any()

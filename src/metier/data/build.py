@@ -287,9 +287,8 @@ def _sample(
         unfit = {}
         for place, example in enumerate(rows.examples.values()):
             if example.id not in left and example.id not in lengths:
-                rendered = renderer.render(example.messages)
-                lengths[example.id] = len(rendered.ids), int(rendered.supervised.sum())
-                if reason := _unfit(*lengths[example.id], spec.train[0].max_length):
+                lengths[example.id], reason = _measured(example, renderer, spec.train[0].max_length)
+                if reason:
                     unfit[place] = ("rejected", reason)
         _leave_out(rows, unfit)
         if not unfit:
@@ -306,6 +305,16 @@ def _split(rows: Rows, spec: config.Spec) -> tuple[dict[str, list[Example]], dic
         rejected = rows.rejected()
         lost = f"; {len(rejected):,} rows were rejected: {importers.summary(rejected)}" if rejected else ""
         raise DataError(error.what + lost, where=error.where, fix=error.fix) from error
+
+
+def _measured(example: Example, renderer: Renderer, max_length: int | None) -> tuple[tuple[int, int], str]:
+    """(tokens, supervised tokens) of a row, and why it cannot be trained on; empty where it can."""
+    try:
+        rendered = renderer.render(example.messages)
+    except DataError as error:
+        return (0, 0), error.what
+    found = len(rendered.ids), int(rendered.supervised.sum())
+    return found, _unfit(*found, max_length)
 
 
 def _unfit(tokens: int, supervised: int, max_length: int | None) -> str:

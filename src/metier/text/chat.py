@@ -57,6 +57,7 @@ class Renderer:
         self._whole = Tokenizer.from_str(json.dumps(tree))
         kept = [t for t in tree.get("added_tokens", ()) if t["content"] not in self._control]
         self._plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": kept, "post_processor": None}))
+        self._unwritable = _missing_bytes(tree)
         self._environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._environment.globals["raise_exception"] = _raise
         self._environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
@@ -146,6 +147,13 @@ class Renderer:
         return [(t, r) for t, r in [*spans, (text[at:], "template")] if t]
 
     def _encode(self, text: str) -> list[int]:
+        if self._unwritable and (lost := self._unwritable.intersection(text.encode("utf-8"))):
+            char = next(c for c in text if lost.intersection(c.encode("utf-8")))
+            raise DataError(
+                f"unwritable: this model's tokenizer has no token for U+{ord(char):04X}",
+                where=str(self.folder),
+                fix="remove the character, or use another base",
+            )
         return list(self._plain.encode(text, add_special_tokens=False).ids) if text else []
 
     def _run(self, messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -213,6 +221,17 @@ def _template(folder: Path, settings: dict[str, Any]) -> tuple[str, bool]:
         return file.read_text("utf-8"), True
     inline = settings.get("chat_template")
     return (inline, True) if isinstance(inline, str) else (PLAIN_TEMPLATE, False)
+
+
+def _missing_bytes(tree: dict[str, Any]) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary lacks: a text that holds one would lose it without a word."""
+    vocabulary = tree.get("model", {}).get("vocab")
+    if '"ByteLevel"' not in json.dumps(tree.get("pre_tokenizer")) or not isinstance(vocabulary, dict):
+        return frozenset()
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    symbols = {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    return frozenset(b for b, symbol in symbols.items() if symbol not in vocabulary)
 
 
 def _token(value: Any) -> str:
