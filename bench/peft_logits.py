@@ -14,12 +14,13 @@ import platform
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 from metier import records, talk
 from metier.models import load, lora
 from metier.release.certificate import last_logits
 from metier.text.chat import Renderer
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 
 def main() -> None:

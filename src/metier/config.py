@@ -87,6 +87,12 @@ class Data(Settings):
     near_duplicate: Number = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two inputs belong to one group."
     )
+    balance: str | None = Field(
+        None,
+        min_length=1,
+        description="A field of the answers whose rare values training should see more often: each value comes by the "
+        "square root of its number. Test and validation are untouched.",
+    )
     max_rejected: Number = Field(
         1.0, ge=0, le=1, description="Share of input rows that may be rejected before the build stops."
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metier.config import Sizes
 from metier.data.split import split
-from metier.errors import DataError
+from metier.errors import ConfigError, DataError
 from metier.records import Example, Message
 
 
@@ -105,3 +105,30 @@ def test_the_order_is_pinned() -> None:
     """A change here changes every sealed test set."""
     splits, _ = split(examples([1] * 8), Sizes(train=3, valid=2, test=2), 7)
     assert ids(splits) == {"train": ["r2.0", "r7.0", "r0.0"], "valid": ["r6.0", "r1.0"], "test": ["r4.0", "r5.0"]}
+
+
+def labelled(counts: dict[str, int]) -> list[Example]:
+    names = [(name, n) for name, count in counts.items() for n in range(count)]
+    return [
+        Example(
+            f"{name}{n}", (Message("user", f"{name} {n}"), Message("assistant", "a")), {}, f"{name}{n}", {"x": name}
+        )
+        for name, n in names
+    ]
+
+
+def test_balance_takes_values_by_the_square_root_of_their_number() -> None:
+    rows = labelled({"often": 406, "seldom": 6})
+    splits, _ = split(rows, Sizes(train=22, valid=1, test=5), 3, "x")
+    free = [e.expected["x"] for e in rows if e not in splits["test"] + splits["valid"]]
+    often, seldom = free.count("often"), free.count("seldom")
+    taken = [e.expected["x"] for e in splits["train"]]
+    # 22 rows are shared as √often : √seldom, about 20 : 2, where plain order would give 0.3 of the seldom ones
+    assert taken.count("seldom") == pytest.approx(22 * seldom**0.5 / (often**0.5 + seldom**0.5), abs=1)
+    plain, _ = split(rows, Sizes(train=22, valid=1, test=5), 3)
+    assert ids(plain)["test"] == ids(splits)["test"] and ids(plain)["valid"] == ids(splits)["valid"]
+
+
+def test_balance_on_a_field_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no field 'y'"):
+        split(labelled({"a": 9}), Sizes(train=3, valid=1, test=1), 0, "y")

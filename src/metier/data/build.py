@@ -300,7 +300,7 @@ def _sample(
 
 def _split(rows: Rows, spec: config.Spec) -> tuple[dict[str, list[Example]], dict[str, str]]:
     try:
-        return split(list(rows.examples.values()), spec.data.sizes, spec.seed)
+        return split(list(rows.examples.values()), spec.data.sizes, spec.seed, spec.data.balance)
     except DataError as error:
         rejected = rows.rejected()
         lost = f"; {len(rejected):,} rows were rejected: {importers.summary(rejected)}" if rejected else ""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from metier.config import Sizes
-from metier.errors import DataError
+from metier.errors import ConfigError, DataError
 from metier.records import Example
 
 NAMES = ("train", "valid", "test")
 
 
-def split(examples: Sequence[Example], sizes: Sizes, seed: int) -> tuple[dict[str, list[Example]], dict[str, str]]:
+def split(
+    examples: Sequence[Example], sizes: Sizes, seed: int, balance: str | None = None
+) -> tuple[dict[str, list[Example]], dict[str, str]]:
     """The rows of each split, and for each row left over (by id) the reason.
 
     Groups are taken in the order of a keyed hash, first for test, then valid, then train. Test and valid take one row
@@ -26,6 +31,8 @@ def split(examples: Sequence[Example], sizes: Sizes, seed: int) -> tuple[dict[st
     rest = names[sizes.test + sizes.valid :]
     places = sorted((k, n) for n, g in enumerate(rest) for k in range(len(groups[g])))
     train = [groups[rest[n]][k] for k, n in places]
+    if balance is not None:
+        train = _balanced(train, balance)
     splits = {
         "train": train[: sizes.train],
         "valid": [groups[g][0] for g in valid],
@@ -35,6 +42,30 @@ def split(examples: Sequence[Example], sizes: Sizes, seed: int) -> tuple[dict[st
     left |= _left([e for g in valid for e in groups[g][1:]], "not sampled: its group is in valid, with one row")
     left |= _left(train[sizes.train :], f"not sampled: train has its {sizes.train:,} rows")
     return splits, left
+
+
+def _balanced(rows: Sequence[Example], field: str) -> list[Example]:
+    """The rows in an order whose beginnings hold each value of the field by the square root of its number.
+
+    The i-th row of a value that n rows have stands at i / √n: after any such place, √n rows a unit have come.
+    """
+    values = [_value(row, field) for row in rows]
+    counts, seen = Counter(values), Counter[str]()
+    at = []
+    for place, value in enumerate(values):
+        at.append((seen[value] / math.sqrt(counts[value]), place))
+        seen[value] += 1
+    return [rows[place] for _, place in sorted(at)]
+
+
+def _value(row: Example, field: str) -> str:
+    if not isinstance(row.expected, dict) or field not in row.expected:
+        raise ConfigError(
+            f"data.balance: the answer of row {row.id} has no field {field!r}",
+            where=str(row.source.get("document", "")),
+            fix="name a field that every answer has, or drop data.balance",
+        )
+    return json.dumps(row.expected[field], sort_keys=True)
 
 
 def _groups(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
