@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("METIER_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models gain nothing from threads, and two suites at once would wait for each other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHATML = (
     "{% for message in messages %}"

@@ -10,6 +10,7 @@ G = H / J, D head size, C cache slots.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 NAME = "metier"
 LONG = 768
 APART_FROM = 96
+ALIKE = 1.6
 
 
 class Rows:
@@ -32,14 +34,11 @@ class Rows:
         self.prefix, self.cache, self.lengths = prefix, cache, lengths_B
         self.longest = max(lengths_B)
         self.size = (len(lengths_B), self.longest)
-        lengths = torch.tensor(lengths_B)
-        starts = torch.arange(len(lengths_B)) * self.longest
-        row_T = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths)
-        within_T = torch.cat([torch.arange(n) for n in lengths_B])
-        self.place_T = (starts[row_T] + within_T).to(device)
+        self.place_T = _places(lengths_B, self.longest, device)
         behind = prefix if cache is None else cache.prefix
-        self.position_T = torch.cat([torch.arange(prefix), within_T + behind]).to(device)
-        self.blocked_SK = _blocked(self.longest, behind, device) if self.longest <= LONG else None
+        within_T = torch.cat([torch.arange(n) for n in lengths_B]).to(device)
+        self.position_T = torch.cat([torch.arange(prefix, device=device), within_T + behind])
+        self.parts = _parts(lengths_B, behind, device)
         self.blocked_PP = _blocked(prefix, 0, device) if 0 < prefix <= LONG else None
 
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
@@ -50,15 +49,14 @@ class Rows:
                 kp_JDP, vp_JPD = self.cache.prefix_of(layer)
                 kp_PJD, vp_PJD = kp_JDP.permute(2, 0, 1), vp_JPD.transpose(0, 1)
             self.cache.keep(layer, k_TJD, v_TJD, self)
-        if self.cache is not None and self.cache.prefix >= APART_FROM and self.longest <= LONG:
-            return self._apart(q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, scale)
-        if self.longest > LONG:
-            rows = self._one_by_one(q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, scale)
-        else:
-            rows = _PaddedAttention.apply(
-                q_THD[p:], k_TJD[p:], v_TJD[p:], kp_PJD, vp_PJD, self.place_T, self.size, self.blocked_SK, scale
-            )
-        return rows if p == 0 else torch.cat([_causal(q_THD[:p], k_TJD[:p], v_TJD[:p], self.blocked_PP, scale), rows])
+            if self.cache.prefix >= APART_FROM and self.longest <= LONG:
+                return self._apart(q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, scale)
+        sizes = [part.tokens for part in self.parts]
+        split = (t[p:].split(sizes) for t in (q_THD, k_TJD, v_TJD))
+        out = [part.attend(*qkv, kp_PJD, vp_PJD, scale) for part, *qkv in zip(self.parts, *split, strict=True)]
+        if p:
+            out.insert(0, _causal(q_THD[:p], k_TJD[:p], v_TJD[:p], self.blocked_PP, scale))
+        return torch.cat(out)
 
     def _apart(
         self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
@@ -68,19 +66,47 @@ class Rows:
         A softmax over two sets of keys is the mean of the two softmaxes, weighted by their sums of exponentials; so
         the prefix is read once for all rows, by the flash kernel, and never copied into each of them.
         """
-        heads = (k_TJD.shape[1], q_THD.shape[1] // k_TJD.shape[1])
-        assert self.blocked_SK is not None
-        q = _pad_queries(q_THD, self.place_T, self.size, heads)
-        k, v = (_pad(t, self.place_T, self.size).transpose(1, 2) for t in (k_TJD, v_TJD))
-        scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
-        own = self.blocked_SK[:, self.cache.prefix :] if self.cache is not None else self.blocked_SK
-        scores.view(self.size[0], *heads, *own.shape).masked_fill_(own, -torch.inf)
-        lse = scores.logsumexp(-1, keepdim=True)
-        mine_THD = _unpad_queries(torch.matmul((scores - lse).exp_().to(q.dtype), v), self.place_T, self.size, heads)
-        lse_TH1 = _unpad_queries(lse, self.place_T, self.size, heads)
+        split = (t.split([part.tokens for part in self.parts]) for t in (q_THD, k_TJD, v_TJD))
+        own = [part.own(*qkv, scale) for part, *qkv in zip(self.parts, *split, strict=True)]
+        mine_THD, lse_TH1 = (torch.cat(pieces) for pieces in zip(*own, strict=True))
         shared_THD, shared_lse_TH1 = _all_keys(q_THD, kp_PJD, vp_PJD, scale)
         share_TH1 = torch.sigmoid(shared_lse_TH1 - lse_TH1)
         return torch.lerp(mine_THD.float(), shared_THD.float(), share_TH1).to(q_THD.dtype)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring rows of similar length, padded to the longest of them: little of the padding is computed."""
+
+    lengths: list[int]
+    tokens: int
+    size: tuple[int, int]
+    place_T: Tensor
+    blocked_SK: Tensor | None
+
+    def attend(
+        self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
+    ) -> Tensor:
+        """Each row to the prefix and to itself."""
+        if self.blocked_SK is None:
+            return self._one_by_one(q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, scale)
+        out_THD: Tensor = _PaddedAttention.apply(
+            q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, self.place_T, self.size, self.blocked_SK, scale
+        )
+        return out_THD
+
+    def own(self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Each row to itself alone (T, H, D), and the log-sum-exp of its scores (T, H, 1)."""
+        assert self.blocked_SK is not None
+        heads = (k_TJD.shape[1], q_THD.shape[1] // k_TJD.shape[1])
+        q = _pad_queries(q_THD, self.place_T, self.size, heads)
+        k, v = (_pad(t, self.place_T, self.size).transpose(1, 2) for t in (k_TJD, v_TJD))
+        scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
+        blocked = self.blocked_SK[:, -self.size[1] :]
+        scores.view(self.size[0], *heads, *blocked.shape).masked_fill_(blocked, -torch.inf)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = torch.matmul((scores - lse).exp_().to(q.dtype), v)
+        return tuple(_unpad_queries(t, self.place_T, self.size, heads) for t in (out, lse))  # type: ignore[return-value]
 
     def _one_by_one(
         self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
@@ -90,6 +116,30 @@ class Rows:
             blocked = _blocked(q.shape[0], kp_PJD.shape[0], q.device)
             out.append(_flash(q, torch.cat([kp_PJD, k]), torch.cat([vp_PJD, v]), ~blocked, scale))
         return torch.cat(out)
+
+
+def _parts(lengths_B: list[int], behind: int, device: torch.device) -> list[_Part]:
+    """Rows in runs whose longest is at most `ALIKE` times their shortest."""
+    runs: list[list[int]] = []
+    for length in lengths_B:
+        if not runs or max(*runs[-1], length) > ALIKE * min(*runs[-1], length):
+            runs.append([])
+        runs[-1].append(length)
+    return [
+        _Part(
+            lengths=run,
+            tokens=sum(run),
+            size=(len(run), max(run)),
+            place_T=_places(run, max(run), device),
+            blocked_SK=_blocked(max(run), behind, device) if max(run) <= LONG else None,
+        )
+        for run in runs
+    ]
+
+
+def _places(lengths_B: list[int], stride: int, device: torch.device) -> Tensor:
+    """Where each of T tokens lies in rows padded to `stride`."""
+    return torch.cat([torch.arange(n) + row * stride for row, n in enumerate(lengths_B)]).to(device)
 
 
 class Cache:

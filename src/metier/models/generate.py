@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from metier.models.attention import Cache, Prefix, Rows, Step
 
-ROWS = 64
-CACHE_TOKENS = 24_576
+ROWS = 128
+CACHE_TOKENS = 49_152
 LEAVE_BELOW = 0.7
-PROMPT_TOKENS = 4096
+PROMPT_TOKENS = 3072
 SHARE_FROM = 8
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 EFFICIENCY = 0.55
 _BYTES = {"bf16": 2, "fp32": 4}
-_SMALLEST, _LARGEST = 512, 4096
+_SMALLEST, _LARGEST = 512, 2048
 _RUNTIME_GB = 0.45
 
 
