@@ -64,10 +64,11 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
 
 def hold_extras(act: str) -> None:
     """Refuses before the work starts where an optional part is absent that the act needs at its end."""
+    engine = {"torch": "train", "transformers": "train"}
     needed = {
-        "train": {"torch": "train", "transformers": "train", "matplotlib": "report"},
-        "prove": {"torch": "train", "transformers": "train", "bm25s": "rag", "matplotlib": "report"},
-        "ship": {"torch": "train", "transformers": "train"},
+        "train": engine | {"matplotlib": "report"},
+        "prove": engine | {"llguidance": "train", "bm25s": "rag", "matplotlib": "report"},
+        "ship": engine,
     }.get(act, {})
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:

@@ -178,6 +178,11 @@ class Prove(Settings):
     )
     confidence: Number = Field(0.95, gt=0.5, lt=1, description="Confidence of every interval.")
     max_new_tokens: Count = Field(64, ge=1, le=32768, description="Most tokens of an answer.")
+    constrained: bool = Field(
+        False,
+        description="Whether answers are constrained to the task's schema while they are written, in every arm alike: "
+        "form is then given, and arms differ in content.",
+    )
     temperature: Number = Field(0, ge=0, le=10, description="0 is greedy.")
     top_p: Number = Field(1, gt=0, le=1, description="Nucleus sampling, where the temperature is above 0.")
 
@@ -231,8 +236,9 @@ class Spec(Settings):
 
     @model_validator(mode="after")
     def _format_has_a_schema(self) -> Spec:
-        if self.task.schema_file is None and any(c.format or c.grader == "schema" for c in self.prove.claims):
-            raise ValueError("a claim about the format needs task.schema; give one, or drop the claim")
+        needed = self.prove.constrained or any(c.format or c.grader == "schema" for c in self.prove.claims)
+        if self.task.schema_file is None and needed:
+            raise ValueError("prove.constrained and claims about the format need task.schema")
         return self
 
 

@@ -11,7 +11,7 @@ from metier import fetch, machine, runs
 from metier.models import load
 
 EXTRAS = {
-    "train": ("torch", "transformers", "gguf"),
+    "train": ("torch", "transformers", "gguf", "llguidance"),
     "rag": ("bm25s",),
     "report": ("matplotlib",),
 }

@@ -35,9 +35,12 @@ def ask(run_folder: Path, text: str) -> dict[str, Any]:
     prompt = renderer.prompt((Message("system", task["instruction"]), Message("user", text)))
     prove = loaded.spec.prove
     decoding = Decoding(prove.max_new_tokens, prove.temperature, prove.top_p, loaded.spec.seed)
+    grammar = evaluation.constraint(loaded, task, renderer)
     said = {}
     for name in ("base", "tuned"):
-        [[(_, answer)]] = evaluation.answers(model, [prompt], renderer, decoding, tuned=name == "tuned")
+        [[(_, answer)]] = evaluation.answers(
+            model, [prompt], renderer, decoding, tuned=name == "tuned", grammar=grammar
+        )
         said[name] = {"text": renderer.parse(answer.ids), "new_tokens": len(answer.ids), "finish": answer.finish}
     return said
 

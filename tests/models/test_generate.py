@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from metier.errors import ConfigError
 from metier.models import generate, load, lora
 from metier.models.generate import Decoding
+from metier.models.schema import Grammar
 
 CPU = torch.device("cpu")
 NEVER: frozenset[int] = frozenset()
@@ -102,3 +105,38 @@ def test_skipping_done_batches_leaves_the_others_as_they_were(model: torch.nn.Mo
     ]
     assert sorted(i for i, _ in rest) == sorted(i for g in groups[1:] for i in g)
     assert all(whole[i] == answer for i, answer in rest)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "bc"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_constrained_answer_that_stops_is_valid(model: torch.nn.Module, renderer, temperature: float) -> None:
+    """A random model writes nothing but valid answers, batched as one by one."""
+    from jsonschema import Draft202012Validator
+
+    grammar = Grammar(SCHEMA, renderer.folder / "tokenizer.json", renderer.stop_ids)
+    given = prompts(12, shared=9)
+    decoding = Decoding(40, temperature=temperature, seed=2)
+
+    def answers(some: list[np.ndarray]) -> list[tuple[list[int], str]]:
+        batches = generate.generate(model, some, renderer.stop_ids, decoding, grammar=grammar)
+        found = {i: a for batch in batches for i, a in batch}
+        return [(found[i].ids, found[i].finish) for i in range(len(some))]
+
+    together = answers(given)
+    assert [f for _, f in together] == ["stop"] * len(given)
+    for ids, _ in together:
+        Draft202012Validator(SCHEMA).validate(json.loads(renderer.parse(ids)))
+    if temperature == 0:
+        assert [answers([p])[0] for p in given] == together
+
+
+def test_a_schema_that_cannot_constrain_is_refused(renderer) -> None:
+    with pytest.raises(ConfigError, match="cannot constrain"):
+        Grammar({"type": "string", "pattern": "(?=x)y"}, renderer.folder / "tokenizer.json", renderer.stop_ids)

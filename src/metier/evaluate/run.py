@@ -7,8 +7,9 @@ counts as one opening.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from metier.errors import RunError
 from metier.evaluate import metrics, systems
 from metier.models import generate, load, lora
 from metier.models.generate import Decoding, Generated
+from metier.models.schema import Grammar
 from metier.records import Case, Completion, Score
 from metier.runs import Run
 from metier.text.chat import Renderer
@@ -47,6 +49,7 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
     lora.load(model, trained / "adapter")
     decoding = Decoding(spec.prove.max_new_tokens, spec.prove.temperature, spec.prove.top_p, spec.seed)
 
+    grammar = constraint(loaded, task, renderer)
     shared: dict[str, int] = {}
     done = _whole_lines(work / OUTPUTS)
     with (
@@ -57,7 +60,8 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
             prompts = [renderer.prompt(asks[arm](case)) for case in cases]
             shared[arm] = generate.common_prefix(prompts)
             skip = frozenset(i for i, case in enumerate(cases) if (case.id, arm) in done)
-            for batch in answers(model, prompts, renderer, decoding, tuned=arm == "tuned", skip=skip):
+            tuned = arm == "tuned"
+            for batch in answers(model, prompts, renderer, decoding, tuned=tuned, grammar=grammar, skip=skip):
                 found = [_completion(cases[i], arm, prompts[i], g, renderer) for i, g in batch]
                 _append(work / OUTPUTS, found)
                 bar(len(found), arm)
@@ -73,14 +77,19 @@ def answers(
     decoding: Decoding,
     *,
     tuned: bool,
+    grammar: Grammar | None = None,
     skip: frozenset[int] = frozenset(),
-) -> Any:
+) -> Iterator[list[tuple[int, Generated]]]:
     """Batches of (index, answer) from the tuned model or, with its adapter switched off, from the base."""
-    if tuned:
-        yield from generate.generate(model, prompts, renderer.stop_ids, decoding, skip=skip)
-    else:
-        with lora.disabled(model):
-            yield from generate.generate(model, prompts, renderer.stop_ids, decoding, skip=skip)
+    with contextlib.nullcontext() if tuned else lora.disabled(model):
+        yield from generate.generate(model, prompts, renderer.stop_ids, decoding, grammar=grammar, skip=skip)
+
+
+def constraint(loaded: Loaded, task: dict[str, Any], renderer: Renderer) -> Grammar | None:
+    """The grammar of the task's schema, where the proof constrains answers to it: in every arm alike."""
+    if not loaded.spec.prove.constrained:
+        return None
+    return Grammar(task["schema"], renderer.folder / "tokenizer.json", renderer.stop_ids)
 
 
 def open_seal(data: Path, *, first: bool) -> None:

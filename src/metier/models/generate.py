@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metier.models.attention import Cache, Prefix, Rows, Step
+from metier.models.schema import Grammar
 
 ROWS = 128
 CACHE_TOKENS = 49_152
@@ -76,9 +77,13 @@ def generate(
     stop_ids: frozenset[int],
     decoding: Decoding,
     *,
+    grammar: Grammar | None = None,
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[list[tuple[int, Generated]]]:
-    """Yields (index, answer) pairs a batch at a time; batches whose prompts are all in `skip` are passed over."""
+    """Yields (index, answer) pairs a batch at a time; batches whose prompts are all in `skip` are passed over.
+
+    With `grammar`, an answer that stops is valid against its schema.
+    """
     groups = [g for g in batches(prompts) if not skip.issuperset(g)]
     if not groups:
         return
@@ -88,7 +93,8 @@ def generate(
         _forward(model, prompts[0][:shared], Prefix(shared, cache, model.device))
     for group in groups:
         start = time.perf_counter()
-        answers = _decode(model, [prompts[i][shared:] for i in group], group, cache, stop_ids, decoding)
+        draw = _Draw(decoding, group, grammar)
+        answers = _decode(model, [prompts[i][shared:] for i in group], draw, cache, stop_ids)
         seconds = (time.perf_counter() - start) / len(group)
         yield [(i, Generated(ids, finish, seconds)) for i, (ids, finish) in zip(group, answers, strict=True)]
 
@@ -96,21 +102,19 @@ def generate(
 def _decode(
     model: PreTrainedModel,
     tails: list[np.ndarray],
-    indices: list[int],
+    draw: _Draw,
     cache: Cache,
     stop_ids: frozenset[int],
-    decoding: Decoding,
 ) -> list[tuple[list[int], str]]:
     lengths = [t.size for t in tails]
-    cache.open_rows(len(tails), max(lengths) + decoding.max_new_tokens)
+    cache.open_rows(len(tails), max(lengths) + draw.decoding.max_new_tokens)
     hidden_BD = torch.cat([_read(model, part, cache) for part in _parts(tails)])
-    draw = _Draw(decoding, indices)
     answers: list[list[int]] = [[] for _ in tails]
     finish = ["length"] * len(tails)
     alive = list(range(len(tails)))
     ended: set[int] = set()
     filled_B = torch.tensor(lengths, device=model.device)
-    for position in range(decoding.max_new_tokens):
+    for position in range(draw.decoding.max_new_tokens):
         token_B = draw(_logits(model, hidden_BD), alive, position)
         for row, token in zip(alive, token_B.tolist(), strict=True):
             if row in ended:
@@ -120,7 +124,7 @@ def _decode(
                 ended.add(row)
             else:
                 answers[row].append(token)
-        if len(ended) == len(tails) or position + 1 == decoding.max_new_tokens:
+        if len(ended) == len(tails) or position + 1 == draw.decoding.max_new_tokens:
             break
         going = [place for place, row in enumerate(alive) if row not in ended]
         if len(going) <= LEAVE_BELOW * len(alive):
@@ -167,10 +171,19 @@ def _logits(model: PreTrainedModel, hidden_BD: Tensor) -> Tensor:
 class _Draw:
     """The next token of each row: the likeliest, or one drawn with the row's own random numbers."""
 
-    def __init__(self, decoding: Decoding, indices: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, indices: Sequence[int], grammar: Grammar | None = None) -> None:
         self.decoding, self.indices = decoding, indices
+        self.states = grammar.rows(len(indices)) if grammar else None
 
     def __call__(self, logits_BV: Tensor, alive: Sequence[int], position: int) -> Tensor:
+        if self.states is None:
+            return self._choose(logits_BV, alive, position)
+        self.states.forbid(logits_BV, alive)
+        token_B = self._choose(logits_BV, alive, position)
+        self.states.take(token_B.tolist(), alive)
+        return token_B
+
+    def _choose(self, logits_BV: Tensor, alive: Sequence[int], position: int) -> Tensor:
         if self.decoding.temperature == 0:
             return logits_BV.argmax(-1)
         probs = (logits_BV / self.decoding.temperature).softmax(-1)
