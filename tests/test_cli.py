@@ -156,6 +156,18 @@ def test_acts_out_of_order_say_which_comes_first(specialist: Path, tmp_path: Pat
         assert code == 2 and f"metier {first}" in err
 
 
+def test_an_act_never_builds_on_an_earlier_one_with_other_settings(specialist: Path, tmp_path: Path, run_cli) -> None:
+    run_cli("build", specialist, "--runs", tmp_path)
+    code, _, err = run_cli("train", specialist, "--runs", tmp_path, "--set", "task.instruction=other")
+    assert code == 2 and "build is out of date: changed: task" in err and "metier build" in err
+
+
+@pytest.mark.parametrize("setting", ["name.x=1", "data.documents.0=foo", "train.7.rank=1", "x", "seed.0.y=2"])
+def test_settings_that_have_no_place_are_refused(setting: str, specialist: Path, run_cli) -> None:
+    code, _, err = run_cli("build", specialist, "--set", setting)
+    assert code == 2 and "fix:" in err
+
+
 def test_the_whole_line_in_json(specialist: Path, tmp_path: Path, run_cli) -> None:
     code, out, _ = run_cli("run", specialist, "--runs", tmp_path, "--json")
     whole = json.loads(out)

@@ -77,6 +77,7 @@ BAD = {
     GOOD.replace("examples", "documents"): "need a reader",
     "name: a\n  b: c\n": "not YAML",
     "name: [\n": "not YAML",
+    "{a: b}: c\n": "not a plain text",
     "[" * 10_000: "not YAML|nested deeper",
 }
 

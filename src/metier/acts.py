@@ -6,6 +6,7 @@ it reads and the hash of everything it reads; nothing else makes it run again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metier import config, records, runs
+from metier import config, machine, records, runs
 from metier.config import Loaded, Spec, registration
-from metier.errors import PolicyError, needs_extra
+from metier.errors import MetierError, PolicyError, RunError, needs_extra
 from metier.records import Score
 from metier.runs import ACTS, Run
 
@@ -45,8 +46,8 @@ class Outcome:
 
 def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome:
     """Does one act if it is out of date; `dry` only says whether it is, and why."""
-    settings, inputs = _settings(act, loaded), _inputs(act, loaded, run)
-    fingerprint = runs.digest({"act": act, "settings": settings, "inputs": inputs})
+    _hold_earlier(act, loaded, run)
+    settings, inputs, fingerprint = _stand(act, loaded, run)
     if run.up_to_date(act, fingerprint):
         return Outcome(act, run.folder, FRESH, figures=_known(act, run), outputs=_outputs(act, run))
     why = _reason(act, run, settings, inputs)
@@ -56,10 +57,47 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
     start = time.monotonic()
     work = run.work(act, fingerprint)
     runs.write(run.folder / "specialist.yaml", config.dump(_anywhere(loaded)))
-    figures = _FRONT[act](loaded, run, work)
-    seconds = time.monotonic() - start
+    spent = _spent(work)
+    try:
+        figures = _FRONT[act](loaded, run, work)
+    finally:
+        seconds = spent + time.monotonic() - start
+        _spend(work, seconds)
+    machine.give_back()
     run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json", "checkpoints/"))
     return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
+
+
+def _stand(act: str, loaded: Loaded, run: Run) -> tuple[dict[str, Any], dict[str, str], str]:
+    """The settings and inputs of an act as they are now, and their fingerprint."""
+    settings, inputs = _settings(act, loaded), _inputs(act, loaded, run)
+    return settings, inputs, runs.digest({"act": act, "settings": settings, "inputs": inputs})
+
+
+def _hold_earlier(act: str, loaded: Loaded, run: Run) -> None:
+    """Refuses to build on an earlier act that was done with other settings or inputs than these."""
+    for earlier in ACTS[: ACTS.index(act)]:
+        if run.manifest(earlier) is not None:
+            settings, inputs, fingerprint = _stand(earlier, loaded, run)
+            if not run.up_to_date(earlier, fingerprint):
+                raise RunError(
+                    f"{earlier} is out of date: {_reason(earlier, run, settings, inputs)}",
+                    where=str(run.folder),
+                    fix=f"run `metier {earlier}` first with the same settings, or `metier run` for all that is due",
+                )
+
+
+def _spent(work: Path) -> float:
+    """Seconds that interrupted attempts at this act took before."""
+    try:
+        return float((work / runs.SPENT).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _spend(work: Path, seconds: float) -> None:
+    with contextlib.suppress(MetierError):
+        runs.write(work / runs.SPENT, f"{seconds:.3f}")
 
 
 def hold_extras(act: str) -> None:
@@ -160,18 +198,25 @@ def _keep_openings(before: Path, now: Path) -> None:
 
 
 def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    from metier.evaluate import metrics
     from metier.training import run as training
 
-    data = run.require("build")
-    metrics.hold_claims(loaded.spec.prove, next(iter(records.examples(data / "test.jsonl"))).expected)
+    _hold_claims(loaded, run)
     return training.train(loaded, run, work)
+
+
+def _hold_claims(loaded: Loaded, run: Run) -> None:
+    """Refuses a claim that this task has no grader for; one validation row shows which graders there are."""
+    from metier.evaluate import metrics
+
+    row = next(iter(records.examples(run.require("build") / "valid.jsonl")))
+    metrics.hold_claims(loaded.spec.prove, row.expected)
 
 
 def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     from metier.evaluate import run as evaluation
     from metier.release import report
 
+    _hold_claims(loaded, run)
     evaluation.measure(loaded, run, work)
     verdict = _judge(loaded, run, work, evaluation.rates(loaded))
     runs.write_json(work / "verdict.json", verdict)

@@ -36,7 +36,7 @@ def commands() -> None:
     \b
     Start:  metier new licence-clerk my-clerk
             metier run my-clerk
-            metier ask runs/licence-clerk "Released under the MIT license."
+            metier ask runs/my-clerk "Released under the MIT license."
     """
 
 
@@ -142,7 +142,7 @@ def doctor(as_json: bool) -> None:
 def main() -> NoReturn:
     """Runs a command; every failure is one clear error, on stdout as JSON where that was asked for."""
     as_json = "--json" in sys.argv
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.TERMINATED))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         commands.main(standalone_mode=False)
         code = errors.DONE
@@ -150,19 +150,20 @@ def main() -> NoReturn:
         code = _fail(error, as_json)
     except click.exceptions.Exit as error:
         code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error))
+        code = errors.WRONG
     except click.ClickException as error:
         code = _fail(_usage(error), as_json)
     except (KeyboardInterrupt, click.Abort):
-        code = _stopped(as_json)
+        code = _stopped(as_json, errors.INTERRUPTED)
+    except errors.Terminated:
+        code = _stopped(as_json, errors.TERMINATED)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else errors.FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = errors.FAILED
-    except MemoryError:
-        code = _fail(
-            errors.ResourceError("out of memory", fix="set machine.tokens lower, or use a smaller base"), as_json
-        )
     except Exception as error:  # a bug of Metier's own: said as one, with the traceback for whoever mends it
         code = _fail(_bug(error), as_json)
     sys.exit(code)
@@ -176,10 +177,14 @@ def _fail(error: MetierError, as_json: bool) -> int:
     return error.exit_code
 
 
-def _stopped(as_json: bool) -> int:
+def _terminate(*_: object) -> NoReturn:
+    raise errors.Terminated
+
+
+def _stopped(as_json: bool, code: int) -> int:
     stopped = MetierError("stopped; everything done so far is kept", fix="run the same command again to go on")
     _fail(stopped, as_json)
-    return errors.INTERRUPTED
+    return code
 
 
 def _usage(error: click.ClickException) -> MetierError:
@@ -191,6 +196,8 @@ def _usage(error: click.ClickException) -> MetierError:
 def _bug(error: Exception) -> MetierError:
     if os.environ.get("METIER_DEBUG"):
         traceback.print_exc()
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return errors.ResourceError("out of memory", fix="set machine.tokens lower, or use a smaller base")
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return MetierError(
         f"a bug in Metier: {type(error).__name__}: {error}",

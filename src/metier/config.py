@@ -336,6 +336,8 @@ class _Loader(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} stands twice, in lines {seen[key.value]} and {line}", key.start_mark
@@ -392,9 +394,14 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     for name in path:
         at = _step(at, name, key)
-    if isinstance(at, list):
-        at = _step(at, last, key) if last.isdigit() and isinstance(_step(at, last, key), dict) else _only(at, key)
-    at[last] = parse(f"value: {value}", f"--set {key}")["value"]
+    new = parse(f"value: {value}", f"--set {key}")["value"]
+    if isinstance(at, list) and last.isdigit() and int(last) < len(at):
+        at[int(last)] = new
+        return
+    at = _only(at, key) if isinstance(at, list) else at
+    if not isinstance(at, dict):
+        raise ConfigError(f"{key} has no place in the settings", where="--set", fix="see docs/settings.md")
+    at[last] = new
 
 
 def _step(at: Any, name: str, key: str) -> Any:

@@ -70,6 +70,10 @@ class PolicyError(MetierError):
     kind = "policy"
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, it is no error, and only the command line catches it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean X?` for a misspelt name, or the list of what is known."""
     known = sorted(known)

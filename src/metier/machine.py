@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import platform
@@ -76,6 +77,14 @@ def prepare(threads: int = 0) -> None:
             libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def give_back() -> None:
+    """Returns freed memory to the system between acts; `prepare` otherwise keeps it, so that peaks would add up."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def device(choice: str) -> torch.device:
     """The torch device of a setting; `auto` takes a GPU where there is one."""
     import_torch()
@@ -119,7 +128,8 @@ def remembered(name: str, measure: Callable[[], Any]) -> Any:
         known = runs.read_json(path)
     if name not in known:
         known[name] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with runs.disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, known)
     return known[name]
 

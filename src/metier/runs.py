@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from metier import records
-from metier.errors import INTERRUPTED, TERMINATED, MetierError, ResourceError, RunError
+from metier.errors import INTERRUPTED, TERMINATED, MetierError, ResourceError, RunError, Terminated
 
-MANIFEST = "act.json"
+MANIFEST, MARK, SPENT = "act.json", "fingerprint", "spent"
 ACTS = ("build", "train", "prove", "ship")
 FOLDERS = {"build": "data", "train": "train", "prove": "proof", "ship": "release"}
 FORMAT = 1
@@ -151,7 +151,8 @@ class Run:
             actual = sha256(path) if path.is_file() else "no file"
             if actual != expected:
                 return f"{FOLDERS[act]}/{name} was altered: expected sha256 {expected[:16]}…, found {actual[:16]}…"
-        return ""
+        gone = next((n for n in manifest["mutable"] if not (self.act(act) / n).is_file()), "")
+        return f"{FOLDERS[act]}/{gone} is missing" if gone else ""
 
     def require(self, act: str) -> Path:
         """The folder of an act that must have been finished and be whole."""
@@ -164,7 +165,7 @@ class Run:
     def work(self, act: str, fingerprint: str) -> Path:
         """The act's working folder: the one an interrupted act left, if its inputs are the same, or a clean one."""
         folder = self.folder / f".work-{act}"
-        mark = folder / "fingerprint"
+        mark = folder / MARK
         if folder.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
             shutil.rmtree(folder)
         with disk(folder):
@@ -184,19 +185,18 @@ class Run:
     ) -> None:
         """Moves the working folder to its place. Paths that start as `mutable` says may change later."""
         work = self.folder / f".work-{act}"
-        fingerprint = (work / "fingerprint").read_text()
-        (work / "fingerprint").unlink()
         names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-        outputs = {n: sha256(work / n) for n in names if not n.startswith((*mutable, MANIFEST))}
+        outputs = {n: sha256(work / n) for n in names if not n.startswith((*mutable, MANIFEST, MARK, SPENT))}
         write_json(
             work / MANIFEST,
             {
                 "format": FORMAT,
                 "act": act,
-                "fingerprint": fingerprint,
+                "fingerprint": (work / MARK).read_text(),
                 "settings": settings,
                 "inputs": inputs,
                 "outputs": outputs,
+                "mutable": [n for n in names if n in mutable],
                 "seconds": round(seconds, 3),
             },
         )
@@ -206,6 +206,8 @@ class Run:
         work, target, trash = self.folder / f".work-{act}", self.act(act), self.folder / f".trash-{act}"
         with disk(target):
             shutil.rmtree(trash, ignore_errors=True)
+            for mark in (MARK, SPENT):
+                (work / mark).unlink(missing_ok=True)
             for path in work.rglob("*"):
                 _sync(path)
             if target.exists():
@@ -234,7 +236,7 @@ def open_run(root: Path, name: str, *, create: bool = True) -> Iterator[Run]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
+        lock = (folder / ".lock").open("a+", buffering=1)
     except OSError as error:
         raise disk_error(error, folder) from error
     with lock:
@@ -246,9 +248,10 @@ def open_run(root: Path, name: str, *, create: bool = True) -> Iterator[Run]:
             raise RunError(
                 f"the run is in use by {holder}", where=str(folder), fix="wait for it, or give another --runs folder"
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        with disk(folder):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         run = Run(folder)
         run.recover()
         try:
@@ -265,7 +268,7 @@ class Stop:
 
     def check(self) -> None:
         if self.signal == signal.SIGTERM:
-            raise SystemExit(TERMINATED)
+            raise Terminated
         if self.signal:
             raise KeyboardInterrupt
 

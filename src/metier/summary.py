@@ -43,11 +43,13 @@ def closing(outcomes: list[Outcome]) -> list[str]:
         f"report    {run / 'proof' / 'report.html'}",
         f"better    {_best_of_prompts(verdict)}",
         f"cost      {_cost(run)}",
-        f"adapter   {_adapter(run)}",
+        f"adapter   {_adapter(run, outcomes[-1].act == 'ship')}",
     ]
 
 
 def _claim(claim: dict[str, Any]) -> str:
+    if claim["estimate"] is None:
+        return f"{claim['result']:<7} {claim['claim']:<18} not judged"
     if claim.get("against"):
         shown = f"{_points(claim['estimate'])} points [{_points(claim['low'])}, {_points(claim['high'])}]"
     else:
@@ -58,9 +60,9 @@ def _claim(claim: dict[str, Any]) -> str:
 
 def _best_of_prompts(verdict: dict[str, Any]) -> str:
     """Tuned against the strongest prompted arm, with its interval."""
-    beats = [c for c in verdict["claims"] if c.get("against")]
+    beats = [c for c in verdict["claims"] if c.get("against") and c["estimate"] is not None]
     if not beats:
-        return "no claim compares arms"
+        return "no claim that compares arms was judged"
     hardest = min(beats, key=lambda c: c["estimate"])
     grader = hardest.get("grader", "all")
     arms = verdict["arms"]
@@ -87,6 +89,5 @@ def _cost(run: Path) -> str:
     return f"{seconds / 60:.1f} minutes for all acts, {peak:.1f} GB peak memory in training"
 
 
-def _adapter(run: Path) -> str:
-    released = run / "release" / "adapter"
-    return str(released if released.is_dir() else f"{run / 'train' / 'adapter'} (not released)")
+def _adapter(run: Path, released: bool) -> str:
+    return str(run / "release" / "adapter") if released else f"{run / 'train' / 'adapter'} (not released)"

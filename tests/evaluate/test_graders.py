@@ -87,3 +87,21 @@ def test_without_a_prompt_the_schema_is_written_out() -> None:
     text = systems.written_out("Do it.", SCHEMA)
     assert text.startswith("Do it.") and '"enum": ["x", "y"]' in text
     assert systems.written_out("Do it.", None) == "Do it."
+
+
+@pytest.mark.parametrize(
+    ("expected", "schema", "right", "wrong"),
+    [
+        (["MIT"], None, '["MIT"]', '["BSD"]'),
+        ([1], None, "[1]", "[true]"),
+        (True, None, "true", "1"),
+        (None, None, "null", "0"),
+        ("MIT", {"type": "string"}, '"MIT"', "MIT"),
+        ({"a": [1, {"b": True}]}, None, '{"a": [1, {"b": true}]}', '{"a": [1, {"b": 1}]}'),
+    ],
+)
+def test_answers_that_are_any_json_value(expected: object, schema: dict | None, right: str, wrong: str) -> None:
+    case = Case("c", (Message("user", "q"),), "g", expected, ())
+    for text, value in ((right, 1.0), (wrong, 0.0)):
+        scores = metrics.grade(case, Completion("c", "tuned", text, 1, 1, "stop", 0.0), schema)
+        assert {s.grader: s.value for s in scores}["all"] == value

@@ -77,7 +77,7 @@ def test_reading_in_parts_changes_nothing(model: torch.nn.Module, monkeypatch: p
     monkeypatch.setattr(generate, "PROMPT_TOKENS", 20)
     assert run(model, given, Decoding(6)) == together
     monkeypatch.setattr(generate, "CACHE_TOKENS", 30)
-    assert len(generate.batches(given)) > 2 and run(model, given, Decoding(6)) == together
+    assert len(generate.batches(given, 6)) > 2 and run(model, given, Decoding(6)) == together
 
 
 def test_a_tiny_nucleus_is_greedy(model: torch.nn.Module) -> None:
@@ -95,7 +95,7 @@ def test_sampling_follows_the_probabilities() -> None:
 
 def test_skipping_done_batches_leaves_the_others_as_they_were(model: torch.nn.Module) -> None:
     given = prompts(150)
-    groups = generate.batches(given)
+    groups = generate.batches(given, 3)
     assert len(groups) > 1
     whole = run(model, given, Decoding(3))
     rest = [

@@ -109,6 +109,11 @@ def test_missing_and_damaged_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="not JSON"):
         Renderer(tmp_path)
+    for nothing in ("{}", "[]"):
+        (tmp_path / "tokenizer.json").write_text(nothing)
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(ModelError, match="no tokenizer|not JSON"):
+            Renderer(tmp_path)
 
 
 def test_a_model_without_template_gets_the_plain_one(tmp_path: Path) -> None:

@@ -12,19 +12,19 @@ from metier.records import Case, Completion, Score
 
 def grade(case: Case, completion: Completion, schema: dict[str, Any] | None) -> list[Score]:
     """All graders that apply: form first, then content."""
-    if not isinstance(case.expected, dict):
-        scores = [_exact(case, completion)]
-    else:
-        scores = [format.parses(case, completion), *_fields(case, completion)]
+    if isinstance(case.expected, str) and schema is None:
+        return [_exact(case, completion)]
+    form = [format.parses(case, completion)]
     if schema is not None:
-        scores.insert(1, format.valid(case, completion, schema))
-    return scores
+        form.append(format.valid(case, completion, schema))
+    content = _fields(case, completion) if isinstance(case.expected, dict) else [_value(case, completion)]
+    return [*form, *content]
 
 
 def hold_claims(prove: Prove, expected: Any) -> None:
     """Refuses, before anything is trained, a claim about a grader that this task does not have."""
     fields = {f"field:{name}" for name in expected} if isinstance(expected, dict) else set()
-    known = {"all", *fields} | ({"json", "schema"} if fields else {"schema"})
+    known = {"all", "json", "schema", *fields}
     for claim in prove.claims:
         if claim.grader not in known:
             raise ConfigError(
@@ -51,6 +51,14 @@ def _fields(case: Case, completion: Completion) -> list[Score]:
     ]
 
 
+def _value(case: Case, completion: Completion) -> Score:
+    """1 where the answer is the expected JSON value."""
+    value, why = format.parsed(completion.text)
+    right = not why and same(value, case.expected)
+    why = "" if right else why or f"{_shown(value)} is another value"
+    return Score(case.id, completion.arm, "all", float(right), why)
+
+
 def _exact(case: Case, completion: Completion) -> Score:
     """1 where the answer is the expected text, white space around it aside."""
     right = completion.text.strip() == str(case.expected).strip()
@@ -58,8 +66,14 @@ def _exact(case: Case, completion: Completion) -> Score:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality of JSON values in which true is not 1."""
-    return type(one) is type(other) and bool(one == other)
+    """Equality of JSON values in which true is not 1, however deep."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 def _shown(value: Any) -> str:

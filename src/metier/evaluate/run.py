@@ -62,7 +62,8 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
             skip = frozenset(i for i, case in enumerate(cases) if (case.id, arm) in done)
             tuned = arm == "tuned"
             for batch in answers(model, prompts, renderer, decoding, tuned=tuned, grammar=grammar, skip=skip):
-                found = [_completion(cases[i], arm, prompts[i], g, renderer) for i, g in batch]
+                fresh = [(i, g) for i, g in batch if (cases[i].id, arm) not in done]
+                found = [_completion(cases[i], arm, prompts[i], g, renderer) for i, g in fresh]
                 _append(work / OUTPUTS, found)
                 bar(len(found), arm)
                 stop.check()
@@ -113,13 +114,13 @@ def rates(loaded: Loaded) -> Rates:
     dtype = machine.dtype(spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     name = f"rates:{base.sha256[:16]}:{device.type}:{str(dtype).removeprefix('torch.')}:{spec.machine.threads}"
+    machine.prepare(spec.machine.threads)
     return Rates(**machine.remembered(name, lambda: _measure_rates(load.model(base, dtype=dtype, device=device))))
 
 
 def _measure_rates(model: PreTrainedModel) -> dict[str, float]:
     """Tokens a second of reading prompts and of writing answers, on a batch of random tokens."""
     rows, length, new = 32, 64, 24
-    machine.prepare()
     random = np.random.default_rng(0)
     prompts = [random.integers(0, model.config.vocab_size, length) for _ in range(rows)]
     seconds = {}

@@ -48,14 +48,15 @@ class Generated:
     seconds: float
 
 
-def batches(prompts: Sequence[np.ndarray]) -> list[list[int]]:
+def batches(prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[list[int]]:
     """Indices of the prompts, grouped by length; a function of the lengths alone, so a resumed proof groups alike."""
     shared = common_prefix(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: (-prompts[i].size, i))
     groups: list[list[int]] = []
     for index in by_length:
         full = not groups or len(groups[-1]) == ROWS
-        if full or (len(groups[-1]) + 1) * (prompts[groups[-1][0]].size - shared) > CACHE_TOKENS:
+        slots = 0 if full else prompts[groups[-1][0]].size - shared + max_new_tokens
+        if full or (len(groups[-1]) + 1) * slots > CACHE_TOKENS:
             groups.append([])
         groups[-1].append(index)
     return groups
@@ -84,7 +85,7 @@ def generate(
 
     With `grammar`, an answer that stops is valid against its schema.
     """
-    groups = [g for g in batches(prompts) if not skip.issuperset(g)]
+    groups = [g for g in batches(prompts, decoding.max_new_tokens) if not skip.issuperset(g)]
     if not groups:
         return
     shared = common_prefix(prompts)

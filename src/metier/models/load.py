@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 CONVERSION = 1
+_IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".msgpack", ".h5")
 
 
@@ -163,7 +164,7 @@ def _folder(name: str, path: Path, expected: str | None) -> Base:
         unsafe = next((p.name for p in sorted(path.iterdir()) if p.suffix in _UNSAFE), None)
         what = f"{unsafe} is an unsafe format and is not opened" if unsafe else "holds no safetensors"
         raise ModelError(what, where=str(path), fix="convert the weights to safetensors, or use a .gguf file")
-    files = [*weights, *(path / n for n in ("config.json", "tokenizer.json") if (path / n).is_file())]
+    files = [*weights, *(path / n for n in _IDENTITY if (path / n).is_file())]
     sha256 = runs.digest({p.name: _remembered_sha256(p) for p in files})
     return Base(name, path, _hold(expected, sha256, name), "unknown", name)
 
@@ -228,7 +229,8 @@ def _remembered_sha256(path: Path) -> str:
             known = {}
     if key not in known:
         known[key] = runs.sha256(path)
-        memory.parent.mkdir(parents=True, exist_ok=True)
+        with runs.disk(memory):
+            memory.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(memory, known)
     return known[key]
 

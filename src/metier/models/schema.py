@@ -1,7 +1,7 @@
 """Answers that are valid against a JSON Schema by construction: tokens that could not lead to one are never drawn.
 
 The grammar engine is `llguidance`, the one that llama.cpp and vLLM build on, so an answer constrained here is one
-constrained there. Answers are compact JSON, keys in the schema's order, as training answers are written.
+constrained there. Answers are compact JSON, keys in the schema's order; answers from a reader are trained in that form.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from metier import runs
-from metier.config import Loaded
+from metier.config import Loaded, Stage
 from metier.models.load import Base
 from metier.release import gate
 from metier.runs import Run
@@ -27,7 +27,7 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
         "## What it does\n\n" + spec.task.instruction,
         "## Measured on the sealed test set\n\n" + _arms(verdict),
         "## Claims\n\n" + _claims(verdict),
-        "## Training\n\n" + _training(loaded, base, data, plan),
+        "## Training\n\n" + _training(run.manifest("train") or {}, base, data, plan),
         "## Data\n\n" + _data(loaded, data),
         "## Limits\n\n" + _limits(verdict),
         "## Use\n\n" + _use(base),
@@ -87,14 +87,15 @@ def _estimate(claim: dict[str, Any]) -> str:
     )
 
 
-def _training(loaded: Loaded, base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
-    stage = loaded.spec.train[0]
+def _training(trained: dict[str, Any], base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
+    settings = trained["settings"]
+    stage = Stage.model_validate(settings["train"][0])
     split = data["splits"]["train"]
     return (
         f"LoRA, rank {stage.rank}, alpha {stage.alpha:g}, on {_targets(stage.targets)} of {base.source} "
         f"(weights sha256 `{base.sha256}`). {split['rows']:,} rows, {split['supervised_tokens']:,} supervised tokens, "
         f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
-        f"{plan['dtype']}, seed {loaded.spec.seed}. {plan['seconds']['measured'] / 60:.1f} minutes at "
+        f"{plan['dtype']}, seed {settings['seed']}. {plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
         f"{plan['memory_gb']['measured']:.1f} GB peak memory."
     )

@@ -54,9 +54,9 @@ class Renderer:
         self._special = {k: _token(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
         self._control = self._control_ids(tree)
         self._split = re.compile("|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True)))
-        self._whole = Tokenizer.from_str(json.dumps(tree))
+        self._whole = _tokenizer(tree, folder)
         kept = [t for t in tree.get("added_tokens", ()) if t["content"] not in self._control]
-        self._plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": kept, "post_processor": None}))
+        self._plain = _tokenizer({**tree, "added_tokens": kept, "post_processor": None}, folder)
         self._unwritable = _missing_bytes(tree)
         self._environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._environment.globals["raise_exception"] = _raise
@@ -214,6 +214,17 @@ class Renderer:
         return True
 
 
+def _tokenizer(tree: dict[str, Any], folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(tree))
+    except Exception as error:
+        raise ModelError(
+            f"tokenizer.json is no tokenizer: {str(error)[:120]}",
+            where=str(folder / "tokenizer.json"),
+            fix="fetch the model again",
+        ) from error
+
+
 def _template(folder: Path, settings: dict[str, Any]) -> tuple[str, bool]:
     """The folder's chat template, or the plain one for a model that has none; and whether it is the model's own."""
     file = folder / "chat_template.jinja"
@@ -240,7 +251,10 @@ def _token(value: Any) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes()))
+        tree = json.loads(path.read_bytes())
+        if not isinstance(tree, dict):
+            raise ValueError("not an object")
+        return tree
     except FileNotFoundError as error:
         raise ModelError(f"{path.name} is missing", where=str(path), fix="use a complete model folder") from error
     except ValueError as error:

@@ -35,7 +35,7 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     spec, stage = loaded.spec, loaded.spec.train[0]
     machine.prepare(spec.machine.threads)
     device = machine.device(spec.machine.device)
-    dtype = machine.dtype(spec.machine.dtype, device)
+    dtype = machine.dtype(_begun_with(work) or spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     renderer = Renderer(base.folder)
     data = run.require("build")
@@ -207,6 +207,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         if (source / name).is_file():
             runs.write(target / name, (source / name).read_bytes())
+
+
+def _begun_with(work: Path) -> str | None:
+    """The number format that an interrupted training was begun with."""
+    return str(_json(work / "plan.json")["dtype"]) if (work / "plan.json").is_file() else None
 
 
 def _rows(path: Path, renderer: Renderer, stage: Stage) -> list[Row]:
