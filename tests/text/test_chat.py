@@ -112,7 +112,7 @@ def test_missing_and_damaged_tokenizers_are_named(tmp_path: Path) -> None:
     for nothing in ("{}", "[]"):
         (tmp_path / "tokenizer.json").write_text(nothing)
         (tmp_path / "tokenizer_config.json").write_text("{}")
-        with pytest.raises(ModelError, match="no tokenizer|not JSON"):
+        with pytest.raises(ModelError, match=r"no tokenizer|not JSON"):
             Renderer(tmp_path)
 
 
