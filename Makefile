@@ -6,10 +6,10 @@ demo: .venv/demo
 	$(BIN)/metier run recipes/licence-clerk
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 check: .venv/dev
 	$(BIN)/ruff check .
