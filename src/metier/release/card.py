@@ -29,7 +29,7 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
         "## Claims\n\n" + _claims(verdict),
         "## Training\n\n" + _training(run.manifest("train") or {}, base, data, plan),
         "## Data\n\n" + _data(loaded, data),
-        "## Limits\n\n" + _limits(verdict),
+        "## Limits\n\n" + _limits(verdict, loaded.spec.prove.constrained),
         "## Use\n\n" + _use(base),
     ]
     return "\n\n".join(parts) + "\n"
@@ -115,10 +115,15 @@ def _data(loaded: Loaded, data: dict[str, Any]) -> str:
     )
 
 
-def _limits(verdict: dict[str, Any]) -> str:
+def _limits(verdict: dict[str, Any], constrained: bool) -> str:
     smallest = [c["smallest_detectable"] for c in verdict["claims"] if c.get("smallest_detectable")]
     lines = [
         "- One training run with one seed: the claims are about this adapter, not about the recipe.",
+        *(
+            ["- Answers were written under the task's JSON Schema; decode under it too, or some will not be valid."]
+            if constrained
+            else []
+        ),
         "- Inputs unlike the data were not tested. General ability, safety and long conversations were not measured.",
     ]
     if smallest:

@@ -601,6 +601,11 @@ def _limits(proof: Proof) -> list[str]:
         out.append("The prompt was put together from the instruction and the schema. A better one may exist.")
     if spec.prove.temperature > 0:
         out.append(f"Answers were sampled at temperature {spec.prove.temperature:g}, once each.")
+    if spec.prove.constrained:
+        out.append(
+            "Every arm wrote under the schema, so valid answers are given by construction and show no skill. How often "
+            "they would be valid without it was not measured; decode under the schema where you use the specialist."
+        )
     return [*out, *_limits_of_claims(proof), *_limits_of_answers(proof), *_limits_of_seal(proof)]
 
 
