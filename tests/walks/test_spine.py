@@ -118,27 +118,32 @@ def _killed_and_resumed(spec: Path, folder: Path, kills: int) -> list[str]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["metier.training.run", "metier.acts"])
     moments = random.Random(0)
-    hashes, killed = [], 0
-    start = time.monotonic()
-    reference = context.Process(target=_train, args=(str(spec), str(folder / "reference")))
-    metier.build(spec, runs=folder / "reference")
-    reference.start()
-    reference.join()
-    length = time.monotonic() - start
+    length, hashes, killed = 60.0, [], 0
+
+    def trained(name: str, most: float | None) -> float:
+        """Trains in a child for `most` seconds; returns how long it ran, or kills it."""
+        nonlocal killed
+        child = context.Process(target=_train, args=(str(spec), str(folder / name)))
+        start = time.monotonic()
+        child.start()
+        child.join(most)
+        if child.is_alive():
+            os.kill(child.pid or 0, signal.SIGKILL)
+            child.join()
+            killed += 1
+        return time.monotonic() - start
+
+    for name in ("warm", "reference"):  # the first also starts the server that forks the children
+        metier.build(spec, runs=folder / name)
+        length = min(length, trained(name, None))
     while killed < kills:
-        runs_folder = folder / f"k{len(hashes)}"
-        metier.build(spec, runs=runs_folder)
-        while True:
-            child = context.Process(target=_train, args=(str(spec), str(runs_folder)))
-            child.start()
-            child.join(moments.uniform(0.02, length) if killed < kills else None)
-            if child.is_alive():
-                os.kill(child.pid or 0, signal.SIGKILL)
-                child.join()
-                killed += 1
-            if (runs_folder / "colours" / "train" / runs.MANIFEST).is_file():
-                break
-        hashes.append(runs.sha256(runs_folder / "colours" / ADAPTER))
+        name = f"k{len(hashes)}"
+        metier.build(spec, runs=folder / name)
+        while not (folder / name / "colours" / "train" / runs.MANIFEST).is_file():
+            before = killed
+            took = trained(name, moments.uniform(0.02, length) if killed < kills else None)
+            length = min(length, took) if killed == before else length
+        hashes.append(runs.sha256(folder / name / "colours" / ADAPTER))
     expected = runs.sha256(folder / "reference" / "colours" / ADAPTER)
     assert hashes, "no run was finished"
     return [h for h in hashes if h != expected]
