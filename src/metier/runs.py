@@ -151,7 +151,7 @@ class Run:
             actual = sha256(path) if path.is_file() else "no file"
             if actual != expected:
                 return f"{FOLDERS[act]}/{name} was altered: expected sha256 {expected[:16]}…, found {actual[:16]}…"
-        gone = next((n for n in manifest["mutable"] if not (self.act(act) / n).is_file()), "")
+        gone = next((n for n in manifest.get("mutable", ()) if not (self.act(act) / n).is_file()), "")
         return f"{FOLDERS[act]}/{gone} is missing" if gone else ""
 
     def require(self, act: str) -> Path:
