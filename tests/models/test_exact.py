@@ -23,10 +23,7 @@ def ours(folder: Path) -> torch.nn.Module:
 
 def hidden(model: torch.nn.Module, prefix: list[int], rows: list[list[int]]) -> torch.Tensor:
     layout = Rows([len(r) for r in rows], prefix=len(prefix), device=CPU)
-    ids = torch.tensor([*prefix, *(i for r in rows for i in r)])
-    return model.get_decoder()(
-        input_ids=ids[None], position_ids=layout.position_T[None], use_cache=False, layout=layout
-    ).last_hidden_state[0]
+    return attention.hidden_states(model, torch.tensor([*prefix, *(i for r in rows for i in r)]), layout)
 
 
 ROWS = [[5, 9, 11, 30, 7], [8, 21], [100, 101, 102, 103, 104, 105, 106]]

@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "metier"
+GRAIN = 64
 LONG = 768
 APART_FROM = 96
 ALIKE = 1.6
@@ -27,21 +29,30 @@ ALIKE = 1.6
 class Rows:
     """Rows of `lengths_B` tokens behind `prefix` tokens which they all see; the prefix is part of the tokens.
 
-    With `cache`, the shared prefix comes from it instead, and the rows' keys and values are kept in it.
+    With `cache`, the shared prefix comes from it instead, and the rows' keys and values are kept in it. Spare tokens
+    that nobody sees fill up to a multiple of `GRAIN`: a CPU compiles matrix kernels for every new number of tokens and
+    never forgets them, so free lengths would cost ever more memory.
     """
 
     def __init__(self, lengths_B: list[int], *, prefix: int, device: torch.device, cache: Cache | None = None) -> None:
         self.prefix, self.cache, self.lengths = prefix, cache, lengths_B
+        self.tokens = prefix + sum(lengths_B)
+        self.spare = -self.tokens % GRAIN
         self.longest = max(lengths_B)
         self.size = (len(lengths_B), self.longest)
         self.place_T = _places(lengths_B, self.longest, device)
         behind = prefix if cache is None else cache.prefix
         within_T = torch.cat([torch.arange(n) for n in lengths_B]).to(device)
-        self.position_T = torch.cat([torch.arange(prefix, device=device), within_T + behind])
+        spare = within_T.new_zeros(self.spare)
+        self.position_T = torch.cat([torch.arange(prefix, device=device), within_T + behind, spare])
         self.parts = _parts(lengths_B, behind, device)
         self.blocked_PP = _blocked(prefix, 0, device) if 0 < prefix <= LONG else None
 
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
+        out_THD = self._attend(layer, q_THD[: self.tokens], k_TJD[: self.tokens], v_TJD[: self.tokens], scale)
+        return F.pad(out_THD, (0, 0, 0, 0, 0, self.spare))
+
+    def _attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
         p = self.prefix
         kp_PJD, vp_PJD = k_TJD[:p], v_TJD[:p]
         if self.cache is not None:
@@ -229,6 +240,16 @@ class Step:
         from_prefix = weights[..., :p].transpose(0, 1).reshape(j, -1, p) @ vp_JPD
         out = weights[..., p:] @ values + from_prefix.view(j, b, h // j, d).transpose(0, 1)
         return out.reshape(b, h, d)
+
+
+def hidden_states(model: PreTrainedModel, ids_T: np.ndarray | Tensor, layout: Rows | Prefix | Step) -> Tensor:
+    """(T, D) last hidden states of flat tokens under a layout."""
+    ids_T = torch.as_tensor(ids_T, device=model.device)
+    filled_T = F.pad(ids_T, (0, layout.position_T.numel() - ids_T.numel()))
+    out = model.get_decoder()(
+        input_ids=filled_T[None], position_ids=layout.position_T[None], use_cache=False, layout=layout
+    )
+    return out.last_hidden_state[0, : ids_T.numel()]  # type: ignore[no-any-return]
 
 
 def attend(

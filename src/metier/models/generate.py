@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metier.models.attention import Cache, Prefix, Rows, Step
+from metier.models.attention import Cache, Prefix, Rows, Step, hidden_states
 from metier.models.schema import Grammar
 
 ROWS = 128
@@ -91,7 +91,7 @@ def generate(
     shared = common_prefix(prompts)
     cache = Cache()
     if shared:
-        _forward(model, prompts[0][:shared], Prefix(shared, cache, model.device))
+        hidden_states(model, prompts[0][:shared], Prefix(shared, cache, model.device))
     for group in groups:
         start = time.perf_counter()
         draw = _Draw(decoding, group, grammar)
@@ -133,7 +133,7 @@ def _decode(
             cache.select(keep)
             token_B, filled_B = token_B[keep], filled_B[keep]
             alive = [alive[p] for p in going]
-        hidden_BD = _forward(model, token_B, Step(cache, filled_B))
+        hidden_BD = hidden_states(model, token_B, Step(cache, filled_B))
         filled_B = filled_B + 1
     return list(zip(answers, finish, strict=True))
 
@@ -153,16 +153,9 @@ def _read(model: PreTrainedModel, tails: list[np.ndarray], cache: Cache) -> Tens
     """Reads some rows' prompts into the cache; the states (rows, D) of their last tokens."""
     lengths = [t.size for t in tails]
     rows = Rows(lengths, prefix=0, device=model.device, cache=cache)
-    hidden_TD = _forward(model, np.concatenate(tails), rows)
+    hidden_TD = hidden_states(model, np.concatenate(tails), rows)
     cache.kept(len(tails))
     return hidden_TD[torch.tensor(np.cumsum(lengths) - 1, device=model.device)]
-
-
-def _forward(model: PreTrainedModel, ids_T: np.ndarray | Tensor, layout: Prefix | Rows | Step) -> Tensor:
-    """Last hidden states (T, D) of flat tokens under a layout."""
-    ids = torch.as_tensor(ids_T, device=model.device)
-    out = model.get_decoder()(input_ids=ids[None], position_ids=layout.position_T[None], use_cache=False, layout=layout)
-    return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 def _logits(model: PreTrainedModel, hidden_BD: Tensor) -> Tensor:

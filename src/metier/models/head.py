@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1024
+CHUNK = 256
+GRAIN = 32
 
 
 def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
@@ -37,13 +38,14 @@ class _TargetLogprobs(torch.autograd.Function):
         for at in range(0, len(target_K), CHUNK):
             chunk = slice(at, at + CHUNK)
             target = target_K[chunk, None]
-            logits = F.linear(hidden_KD[chunk], weight_VD).float()
+            logits = F.linear(_filled(hidden_KD[chunk]), weight_VD)[: len(target)].float()
             logits -= logits.logsumexp(1, keepdim=True)
             logprob_K[chunk] = logits.gather(1, target)[:, 0]
             if slope_KD is not None:
                 slope = logits.exp_().neg_()
                 slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
-                slope_KD[chunk] = slope.to(hidden_KD.dtype) @ weight_VD
+                slope = _filled(slope.to(hidden_KD.dtype))
+                slope_KD[chunk] = (slope @ weight_VD)[: len(target)]
         ctx.save_for_backward(slope_KD)
         return logprob_K
 
@@ -51,3 +53,8 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slope_KD,) = ctx.saved_tensors
         return grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Zero rows up to a multiple of `GRAIN`: a CPU compiles a matrix kernel for every new number of rows."""
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % GRAIN))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from metier import runs
 from metier.models import load, lora
-from metier.models.attention import Rows
+from metier.models.attention import Rows, hidden_states
 from metier.text.chat import Renderer
 
 LOGITS_TOLERANCE = 1e-3
@@ -71,9 +71,6 @@ def last_logits(model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> Tensor
     """(prompts, vocabulary) logits of the token behind each prompt."""
     lengths = [p.size for p in prompts]
     rows = Rows(lengths, prefix=0, device=model.device)
-    ids_T = torch.from_numpy(np.concatenate(prompts)).to(model.device)
-    hidden_TD = model.get_decoder()(
-        input_ids=ids_T[None], position_ids=rows.position_T[None], use_cache=False, layout=rows
-    ).last_hidden_state[0]
+    hidden_TD = hidden_states(model, np.concatenate(prompts), rows)
     last = torch.tensor(np.cumsum(lengths) - 1, device=model.device)
     return model.get_output_embeddings()(hidden_TD[last]).float()  # type: ignore[no-any-return]

@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metier.errors import NumericError
 from metier.models import head
-from metier.models.attention import Rows
+from metier.models.attention import Rows, hidden_states
 from metier.objectives import supervised
 from metier.records import Batch
 from metier.text import batches
@@ -143,10 +144,7 @@ def logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
     device = model.device
     prefix = int(batch.prefix_P.size)
     rows = Rows(batch.lengths_B.tolist(), prefix=prefix, device=device)
-    ids_T = torch.cat([torch.from_numpy(batch.prefix_P), torch.from_numpy(batch.tokens_T)]).to(device)
-    hidden_TD = model.get_decoder()(
-        input_ids=ids_T[None], position_ids=rows.position_T[None], use_cache=False, layout=rows
-    ).last_hidden_state[0]
+    hidden_TD = hidden_states(model, np.concatenate([batch.prefix_P, batch.tokens_T]), rows)
     predict_K = torch.from_numpy(batch.predict_K).to(device) + prefix
     weight_VD = model.get_output_embeddings().weight
     return head.logprobs(hidden_TD[predict_K], weight_VD, torch.from_numpy(batch.target_K).to(device))
