@@ -103,10 +103,10 @@ def test_long_rows_through_the_flash_kernel_equal_short_ones(tiny: Path, monkeyp
 
 def test_attention_gradient_by_finite_differences() -> None:
     generator = torch.Generator().manual_seed(1)
-    rows, prefix = Rows([3, 2], prefix=2, device=CPU), 2
+    rows = Rows([3, 2], prefix=2, device=CPU)
 
     def draw(heads: int) -> torch.Tensor:
-        return torch.randn(prefix + 5, heads, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        return torch.randn(attention.GRAIN, heads, 4, generator=generator, dtype=torch.float64).requires_grad_()
 
     # The kernel's softmax is float32 by design; a coarse step keeps its rounding out of the quotient.
     assert torch.autograd.gradcheck(

@@ -49,38 +49,34 @@ class Rows:
         self.blocked_PP = _blocked(prefix, 0, device) if 0 < prefix <= LONG else None
 
     def attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
-        out_THD = self._attend(layer, q_THD[: self.tokens], k_TJD[: self.tokens], v_TJD[: self.tokens], scale)
-        return F.pad(out_THD, (0, 0, 0, 0, 0, self.spare))
-
-    def _attend(self, layer: int, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, scale: float) -> Tensor:
-        p = self.prefix
-        kp_PJD, vp_PJD = k_TJD[:p], v_TJD[:p]
+        # One split and one concatenation: their gradients are a concatenation and a split, where slices would each
+        # give a whole tensor of zeros.
+        sizes = [self.prefix, *(part.tokens for part in self.parts), self.spare]
+        (q_PHD, *qs, q_spare), (kp_PJD, *ks, _), (vp_PJD, *vs, _) = (t.split(sizes) for t in (q_THD, k_TJD, v_TJD))
+        out = [_causal(q_PHD, kp_PJD, vp_PJD, self.blocked_PP, scale)] if self.prefix else []
         if self.cache is not None:
+            self.cache.keep(layer, k_TJD[: self.tokens], v_TJD[: self.tokens], self)
+            if self.cache.prefix >= APART_FROM and self.longest <= LONG:
+                return torch.cat([self._apart(qs, ks, vs, *self.cache.prefix_of(layer), scale), q_spare])
             if self.cache.prefix:
                 kp_JDP, vp_JPD = self.cache.prefix_of(layer)
                 kp_PJD, vp_PJD = kp_JDP.permute(2, 0, 1), vp_JPD.transpose(0, 1)
-            self.cache.keep(layer, k_TJD, v_TJD, self)
-            if self.cache.prefix >= APART_FROM and self.longest <= LONG:
-                return self._apart(q_THD, k_TJD, v_TJD, kp_PJD, vp_PJD, scale)
-        sizes = [part.tokens for part in self.parts]
-        split = (t[p:].split(sizes) for t in (q_THD, k_TJD, v_TJD))
-        out = [part.attend(*qkv, kp_PJD, vp_PJD, scale) for part, *qkv in zip(self.parts, *split, strict=True)]
-        if p:
-            out.insert(0, _causal(q_THD[:p], k_TJD[:p], v_TJD[:p], self.blocked_PP, scale))
-        return torch.cat(out)
+        for part, q, k, v in zip(self.parts, qs, ks, vs, strict=True):
+            out.append(part.attend(q, k, v, kp_PJD, vp_PJD, scale))
+        return torch.cat([*out, q_spare.new_zeros(q_spare.shape)])
 
     def _apart(
-        self, q_THD: Tensor, k_TJD: Tensor, v_TJD: Tensor, kp_PJD: Tensor, vp_PJD: Tensor, scale: float
+        self, qs: list[Tensor], ks: list[Tensor], vs: list[Tensor], kp_JDP: Tensor, vp_JPD: Tensor, scale: float
     ) -> Tensor:
         """Long shared prefixes while generating: prefix and rows apart, joined by their log-sum-exps, exactly.
 
         A softmax over two sets of keys is the mean of the two softmaxes, weighted by their sums of exponentials; so
         the prefix is read once for all rows, by the flash kernel, and never copied into each of them.
         """
-        split = (t.split([part.tokens for part in self.parts]) for t in (q_THD, k_TJD, v_TJD))
-        own = [part.own(*qkv, scale) for part, *qkv in zip(self.parts, *split, strict=True)]
+        own = [part.own(q, k, v, scale) for part, q, k, v in zip(self.parts, qs, ks, vs, strict=True)]
         mine_THD, lse_TH1 = (torch.cat(pieces) for pieces in zip(*own, strict=True))
-        shared_THD, shared_lse_TH1 = _all_keys(q_THD, kp_PJD, vp_PJD, scale)
+        q_THD = torch.cat(qs)
+        shared_THD, shared_lse_TH1 = _all_keys(q_THD, kp_JDP.permute(2, 0, 1), vp_JPD.transpose(0, 1), scale)
         share_TH1 = torch.sigmoid(shared_lse_TH1 - lse_TH1)
         return torch.lerp(mine_THD.float(), shared_THD.float(), share_TH1).to(q_THD.dtype)
 
@@ -264,7 +260,7 @@ AttentionInterface.register(NAME, attend)
 
 
 class _PaddedAttention(torch.autograd.Function):
-    """Rows as a padded batch behind a shared prefix: two matrix products and a float32 softmax each way."""
+    """Rows as a padded batch behind a shared prefix: two matrix products and a softmax (in float32) each way."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -280,10 +276,10 @@ class _PaddedAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         heads = (k_TJD.shape[1], q_THD.shape[1] // k_TJD.shape[1])
-        q = _pad_queries(q_THD, place_T, size, heads)
+        q = _pad_queries(q_THD, place_T, size, heads).mul_(scale)
         k = _pad_keys(k_TJD, kp_PJD, place_T, size)
         v = _pad_keys(v_TJD, vp_PJD, place_T, size)
-        scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
+        scores = torch.matmul(q, k.transpose(2, 3)).float()
         scores.view(size[0], *heads, *blocked_SK.shape).masked_fill_(blocked_SK, -torch.inf)
         weights = scores.softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights, place_T)
@@ -295,11 +291,9 @@ class _PaddedAttention(torch.autograd.Function):
         q, k, v, weights, place_T = ctx.saved_tensors
         dout = _pad_queries(dout_THD, place_T, ctx.size, ctx.heads)
         dv = torch.matmul(weights.transpose(2, 3), dout)
-        dweights = torch.matmul(dout, v.transpose(2, 3)).float()
-        weights = weights.float()
-        mean = (dweights * weights).sum(-1, keepdim=True)
-        dscores = dweights.sub_(mean).mul_(weights).mul_(ctx.scale).to(q.dtype)
-        dq_THD = _unpad_queries(torch.matmul(dscores, k), place_T, ctx.size, ctx.heads)
+        dweights = torch.matmul(dout, v.transpose(2, 3))
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dq_THD = _unpad_queries(torch.matmul(dscores, k).mul_(ctx.scale), place_T, ctx.size, ctx.heads)
         dk = torch.matmul(dscores.transpose(2, 3), q)
         (dkp, dk_T), (dvp, dv_T) = (_unpad_keys(t, ctx.prefix, place_T) for t in (dk, dv))
         return dq_THD, dk_T, dv_T, dkp, dvp, None, None, None, None

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 256
+BLOCK = 16
 GRAIN = 32
 
 
@@ -27,7 +28,7 @@ def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
 class _TargetLogprobs(torch.autograd.Function):
     """Two passes over the head: logits, and their gradient at once.
 
-    The gradient of position k is grad_k times a vector that does not depend on the loss, (onehot − softmax) W, so it
+    The gradient of position k is grad_k times a vector that does not depend on the loss, −(softmax − onehot) W, so it
     is made while the logits are at hand and only (K, D) numbers are kept.
     """
 
@@ -37,22 +38,38 @@ class _TargetLogprobs(torch.autograd.Function):
         slope_KD = torch.empty_like(hidden_KD) if ctx.needs_input_grad[0] else None
         for at in range(0, len(target_K), CHUNK):
             chunk = slice(at, at + CHUNK)
-            target = target_K[chunk, None]
-            logits = F.linear(_filled(hidden_KD[chunk]), weight_VD)[: len(target)].float()
-            logits -= logits.logsumexp(1, keepdim=True)
-            logprob_K[chunk] = logits.gather(1, target)[:, 0]
+            target = target_K[chunk]
+            logits = F.linear(_filled(hidden_KD[chunk]), weight_VD)
+            logprob_K[chunk] = _soften(logits, target)
             if slope_KD is not None:
-                slope = logits.exp_().neg_()
-                slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
-                slope = _filled(slope.to(hidden_KD.dtype))
-                slope_KD[chunk] = (slope @ weight_VD)[: len(target)]
+                slope_KD[chunk] = (logits @ weight_VD)[: len(target)]
         ctx.save_for_backward(slope_KD)
         return logprob_K
 
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slope_KD,) = ctx.saved_tensors
-        return grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None
+        return -grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None
+
+
+def _soften(logits: Tensor, target_K: Tensor) -> Tensor:
+    """The targets' float32 log-probabilities; the logits become softmax − onehot in place.
+
+    A few rows at a time, so that the float32 numbers stay in the processor's cache.
+    """
+    logprobs = []
+    for at in range(0, len(target_K), BLOCK):
+        target = target_K[at : at + BLOCK, None]
+        rows = logits[at : at + len(target)]
+        block = rows.float()
+        block -= block.amax(1, keepdim=True)
+        logit = block.gather(1, target)
+        total = block.exp_().sum(1, keepdim=True)
+        logprobs.append((logit - total.log())[:, 0])
+        block.div_(total).scatter_add_(1, target, torch.full_like(total, -1))
+        rows.copy_(block)
+    logits[len(target_K) :] = 0
+    return torch.cat(logprobs)
 
 
 def _filled(rows: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrained
         import transformers
         from safetensors import SafetensorError
 
-        from metier.models import attention
+        from metier.models import attention, block
     except ModuleNotFoundError as error:
         raise needs_extra(str(error.name), "train") from error
 
@@ -125,7 +125,9 @@ def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrained
     for name, tensor in loaded.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{name} holds NaN or infinity", where=str(base.folder), fix="fetch the model again")
-    return loaded.eval().to(device)  # type: ignore[no-any-return]
+    loaded = loaded.eval().to(device)
+    block.install(loaded)
+    return loaded  # type: ignore[no-any-return]
 
 
 def embedded_folder(name: str) -> Path:
