@@ -34,6 +34,7 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     """Trains the specialist's adapter into `work`; goes on where an interrupted training left it."""
     spec, stage = loaded.spec, loaded.spec.train[0]
     machine.prepare(spec.machine.threads)
+    machine.forget_peak()
     device = machine.device(spec.machine.device)
     dtype = machine.dtype(_begun_with(work) or spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
