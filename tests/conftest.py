@@ -19,6 +19,57 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# What a family needs beside the common settings for its own traits to show in a model of two layers and short rows.
+FAMILIES: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "sliding_window": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 10,
+    },
+    "gemma3_text": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 10,
+    },
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "mistral": {"sliding_window": None},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+def rotary(kind: str, **settings: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
+
+
+# Configurations of some families that take a path of their own; windows are shorter than the tests' rows.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "untied": ("llama", {"tie_word_embeddings": False}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral with a window": ("mistral", {"sliding_window": 4}),
+    "qwen2 with a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3 with a window": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "smollm3 with a window": ("smollm3", {"use_sliding_window": True, "sliding_window": 4}),
+    "phi3 with a window": ("phi3", {"sliding_window": 4, "partial_rotary_factor": 1.0}),
+    "window of one": ("mistral", {"sliding_window": 1}),
+    "one residual after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "dynamic": ("llama", rotary("dynamic", factor=2.0)),
+    "linear": ("llama", rotary("linear", factor=2.0)),
+    "yarn": ("qwen2", rotary("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "llama3": (
+        "llama",
+        rotary("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 140,
+            "partial_rotary_factor": 1.0,
+            **rotary("longrope", short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[1.0, 2.0, 4.0, 8.0]),
+        },
+    ),
+}
 COLOURS = ("red", "green", "blue", "amber")
 
 
@@ -67,13 +118,22 @@ def write_model(folder: Path, kind: str = "llama", **changes: object) -> Path:
         "pad_token_id": 2,
         "initializer_range": 0.25,
     }
-    if kind == "mistral":
-        settings["sliding_window"] = None
+    settings |= FAMILIES.get(kind, {}) | changes
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    if kind != "llama" or changes:  # norms of one and biases of zero would hide a mistake
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def write_base(folder: Path, name: str) -> Path:
+    """A model of the family or variant `name`."""
+    kind, changes = VARIANTS.get(name, (name, {}))
+    return write_model(folder, kind, **changes)
 
 
 @pytest.fixture(scope="session")

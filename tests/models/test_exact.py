@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import write_model
+from conftest import VARIANTS, write_base
 from metier.errors import ConfigError, ModelError
 from metier.models import attention, head, load, lora
-from metier.models.attention import Rows
+from metier.models.attention import Cache, Prefix, Rows, Scoring, Step
 
 CPU = torch.device("cpu")
 
@@ -26,17 +26,18 @@ def hidden(model: torch.nn.Module, prefix: list[int], rows: list[list[int]]) -> 
     return attention.hidden_states(model, torch.tensor([*prefix, *(i for r in rows for i in r)]), layout)
 
 
+BASES = (*load.ARCHITECTURES, *VARIANTS)
 ROWS = [[5, 9, 11, 30, 7], [8, 21], [100, 101, 102, 103, 104, 105, 106]]
 PREFIX = [3, 4, 250]
 
 
-@pytest.mark.parametrize("kind", load.ARCHITECTURES)
-def test_packed_rows_behind_a_prefix_equal_the_untouched_model(tmp_path: Path, kind: str) -> None:
-    folder = write_model(tmp_path, kind)
+@pytest.mark.parametrize("name", BASES)
+def test_packed_rows_behind_a_prefix_equal_the_untouched_model(tmp_path: Path, name: str) -> None:
+    folder = write_base(tmp_path, name)
     untouched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     model = ours(folder)
     with torch.no_grad():
-        got = model.get_output_embeddings()(hidden(model, PREFIX, ROWS))
+        got = head.logits(model, hidden(model, PREFIX, ROWS))
         at = len(PREFIX)
         for row in ROWS:
             expected = untouched(torch.tensor([PREFIX + row])).logits[0]
@@ -44,11 +45,11 @@ def test_packed_rows_behind_a_prefix_equal_the_untouched_model(tmp_path: Path, k
             at += len(row)
 
 
-@pytest.mark.parametrize("kind", load.ARCHITECTURES)
-def test_adapter_gradients_equal_plain_autograd_through_the_untouched_model(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", BASES)
+def test_adapter_gradients_equal_plain_autograd_through_the_untouched_model(tmp_path: Path, name: str) -> None:
     """The oracle is PEFT on the untouched model, row by row, with the loss written out."""
     peft = pytest.importorskip("peft")
-    folder = write_model(tmp_path, kind)
+    folder = write_base(tmp_path, name)
     model = ours(folder)
     lora.attach(model, rank=4, alpha=8, targets="all-linear", seed=3)
     for number, parameter in enumerate(lora.parameters(model)):
@@ -69,7 +70,8 @@ def test_adapter_gradients_equal_plain_autograd_through_the_untouched_model(tmp_
     starts = np.cumsum([len(PREFIX), *(len(r) for r in ROWS)])
     predict = torch.cat([torch.arange(s, s + len(r) - 1) for s, r in zip(starts, ROWS, strict=False)])
     targets = torch.tensor([i for r in ROWS for i in r[1:]])
-    loss = -head.logprobs(states[predict], model.get_output_embeddings().weight, targets).sum()
+    weight = model.get_output_embeddings().weight
+    loss = -head.logprobs(states[predict], weight, targets, softcap=head.softcap(model)).sum()
     loss.backward()
 
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
@@ -82,8 +84,9 @@ def test_adapter_gradients_equal_plain_autograd_through_the_untouched_model(tmp_
         torch.testing.assert_close(grad, expected[name], rtol=2e-3, atol=2e-5, msg=name)
 
 
-def test_long_rows_through_the_flash_kernel_equal_short_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ours(tiny)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "mistral with a window"])
+def test_long_rows_in_blocks_equal_short_ones(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(write_base(tmp_path, name))
     lora.attach(model, rank=2, alpha=4, targets="all-linear", seed=0)
     for parameter in lora.parameters(model):
         parameter.data.fill_(0.01)
@@ -95,13 +98,15 @@ def test_long_rows_through_the_flash_kernel_equal_short_ones(tiny: Path, monkeyp
 
     padded = run()
     monkeypatch.setattr(attention, "LONG", 1)
-    flash = run()
-    torch.testing.assert_close(flash[0], padded[0], rtol=1e-4, atol=1e-5)
-    for one, other in zip(flash[1], padded[1], strict=True):
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    long = run()
+    torch.testing.assert_close(long[0], padded[0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(long[1], padded[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_attention_gradient_by_finite_differences() -> None:
+@pytest.mark.parametrize("scoring", [Scoring(0.5), Scoring(0.5, softcap=1.5, window=2)])
+def test_attention_gradient_by_finite_differences(scoring: Scoring) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = Rows([3, 2], prefix=2, device=CPU)
 
@@ -110,19 +115,62 @@ def test_attention_gradient_by_finite_differences() -> None:
 
     # The kernel's softmax is float32 by design; a coarse step keeps its rounding out of the quotient.
     assert torch.autograd.gradcheck(
-        lambda q, k, v: rows.attend(0, q, k, v, 0.5), (draw(4), draw(2), draw(2)), eps=1e-2, atol=2e-3, rtol=1e-2
+        lambda q, k, v: rows.attend(0, q, k, v, scoring), (draw(4), draw(2), draw(2)), eps=1e-2, atol=2e-3, rtol=1e-2
     )
 
 
-def test_head_by_hand_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "qwen3 with a window", "phi3"])
+@pytest.mark.parametrize("shared", [0, 100])
+def test_states_from_the_cache_equal_the_untouched_model(tmp_path: Path, name: str, shared: int) -> None:
+    """Prefix, prompts and three steps through the cache: logits, not only their largest, as of the whole text anew."""
+    folder = write_base(tmp_path, name)
+    untouched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model, cache = ours(folder), Cache()
+    prefix = [3 + (i * 37) % 380 for i in range(shared)]
+    lengths, texts = [len(r) for r in ROWS], [list(r) for r in ROWS]
+    with torch.inference_mode():
+        if prefix:
+            attention.hidden_states(model, torch.tensor(prefix), Prefix(shared, cache, CPU))
+        cache.open_rows(len(ROWS), max(lengths) + 3)
+        rows = Rows(lengths, prefix=0, device=CPU, cache=cache)
+        states = attention.hidden_states(model, torch.tensor([i for r in ROWS for i in r]), rows)
+        states = states[torch.tensor(lengths).cumsum(0) - 1]
+        for step in range(4):
+            for text, got in zip(texts, head.logits(model, states), strict=True):
+                expected = untouched(torch.tensor([prefix + text])).logits[0, -1]
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+            tokens = [11 + step, 40, 77 + step]
+            filled = torch.tensor([len(t) for t in texts])
+            if step < 3:
+                states = attention.hidden_states(model, torch.tensor(tokens), Step(cache, filled))
+                texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+
+
+def test_a_window_holds_the_token_itself_and_those_just_before_it() -> None:
+    """With equal scores a token's answer is the mean of the values it sees: 2 prefix tokens, then a row of 3."""
+    values, nothing = torch.zeros(attention.GRAIN, 1, 1), torch.zeros(attention.GRAIN, 1, 1)
+    values[:5, 0, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    for window, expected in (
+        (2, [1, 1.5, 3, 6, 12]),
+        (3, [1, 1.5, 7 / 3, 14 / 3, 28 / 3]),
+        (9, [1, 1.5, 7 / 3, 3.75, 6.2]),
+    ):
+        got = Rows([3], prefix=2, device=CPU).attend(0, nothing, nothing, values, Scoring(1.0, window=window))
+        torch.testing.assert_close(got[:5, 0, 0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_head_by_hand_and_in_chunks(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(9, 6, generator=generator).requires_grad_()
     weight, targets = torch.randn(11, 6, generator=generator), torch.arange(9)
-    expected = (states @ weight.t()).log_softmax(-1)[torch.arange(9), targets]
+    logits = states @ weight.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1)[torch.arange(9), targets]
     slope = torch.randn(9, generator=generator)
     expected_grad = torch.autograd.grad((expected * slope).sum(), states)[0]
     monkeypatch.setattr(head, "CHUNK", 4)
-    got = head.logprobs(states, weight, targets)
+    got = head.logprobs(states, weight, targets, softcap=softcap)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad((got * slope).sum(), states)[0], expected_grad)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from metier.errors import ConfigError
+from conftest import write_base
+from metier.errors import ConfigError, DataError
 from metier.models import generate, load, lora
 from metier.models.generate import Decoding
 from metier.models.schema import Grammar
@@ -53,6 +54,45 @@ def test_cached_equals_running_the_whole_text_anew(model: torch.nn.Module, tiny:
                 assert int(untouched(torch.tensor([text])).logits[0, -1].argmax()) == token
             text.append(token)
         assert finish == "length" and len(ids) == 8
+
+
+# Those whose decoding takes a path of its own: windows, soft-caps, partial and absent rotary, fused projections.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma2",
+        "gemma3_text",
+        "gpt_neox",
+        "longrope",
+        "mistral with a window",
+        "olmo2",
+        "phi3",
+        "qwen3 with a window",
+        "smollm3 with a window",
+    ],
+)
+def test_every_family_decodes_as_if_anew_and_one_by_one(tmp_path: Path, name: str) -> None:
+    folder = write_base(tmp_path, name)
+    untouched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = load.model(load.resolve(str(folder), folder), dtype=torch.float32, device=CPU)
+    for shared in (0, 110):
+        given = prompts(3, shared)
+        got = run(loaded, given, Decoding(6))
+        assert [run(loaded, [p], Decoding(6))[0] for p in given] == got
+        for prompt, (ids, _) in zip(given, got, strict=True):
+            with torch.no_grad():
+                logits = untouched(torch.tensor([[*prompt, *ids]])).logits[0]
+            assert logits[prompt.size - 1 : -1].argmax(-1).tolist() == ids
+
+
+def test_a_prompt_over_the_context_is_refused(tmp_path: Path) -> None:
+    """Beyond its original length LongRoPE would change the frequencies of every row of a batch."""
+    folder = write_base(tmp_path, "longrope")
+    loaded = load.model(load.resolve(str(folder), folder), dtype=torch.float32, device=CPU)
+    assert load.context(loaded) == 140
+    assert len(run(loaded, [np.arange(3, 137)], Decoding(6))[0][0]) == 6
+    with pytest.raises(DataError, match=r"141 tokens.*context 140"):
+        run(loaded, [np.arange(3, 138)], Decoding(6))
 
 
 @pytest.mark.parametrize("decoding", [Decoding(10), Decoding(10, temperature=1.0, top_p=0.9, seed=4)])

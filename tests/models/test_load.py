@@ -42,8 +42,14 @@ def test_pickles_are_refused_by_name_and_not_opened(tmp_path: Path, suffix: str)
     ("changes", "says"),
     [
         ({"model_type": "gpt9\nimport os"}, "not supported"),
-        ({"model_type": "gemma2"}, "not supported"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported"),
+        ({"model_type": "mixtral"}, "'mixtral' is not supported"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "both directions"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention", "full_attention"]}, "'chunked_attention'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
     ],
 )
 def test_architectures_that_are_not_exact_are_refused(tiny: Path, tmp_path: Path, changes: dict, says: str) -> None:
@@ -51,8 +57,9 @@ def test_architectures_that_are_not_exact_are_refused(tiny: Path, tmp_path: Path
     shutil.copytree(tiny, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(ModelError, match=says) as caught:
         load.model(load.resolve(str(folder), tmp_path), dtype=torch.float32, device=CPU)
+    assert all(kind in caught.value.fix for kind in load.ARCHITECTURES)
 
 
 def test_tensors_that_are_missing_or_not_finite_are_named(tiny: Path, tmp_path: Path) -> None:

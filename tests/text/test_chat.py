@@ -73,13 +73,15 @@ def test_stop_is_what_the_template_puts_behind_an_answer(renderer: Renderer) -> 
     ("template", "error", "says"),
     [
         (
-            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if loop.first %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
             ModelError,
             "drops",
         ),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", ModelError, "drops|rewrites"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", ModelError, "no end token"),
         ("{{ raise_exception('only cats') }}", DataError, "only cats"),
+        ("{{ strftime_now('%d') }}" + CHATML, ModelError, "strftime_now"),
+        ("{% for m in messages %}", ModelError, "no template"),
     ],
 )
 def test_templates_that_cannot_be_exact_are_refused(tmp_path: Path, template: str, error: type, says: str) -> None:
@@ -94,6 +96,16 @@ def test_a_stripping_template_is_followed(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(CHATML.replace("message['content']", "message['content'] | trim"))
     out = Renderer(tmp_path).render([Message("user", " u "), Message("assistant", " a ")])
     assert Renderer(tmp_path).parse(out.ids[out.supervised]) == "a"
+
+
+def test_marks_of_what_a_model_writes_print_nothing(tmp_path: Path, renderer: Renderer) -> None:
+    write_tokenizer(tmp_path)
+    marked = CHATML.replace("{{'<|im_start|>'", "{%- generation -%}\n{{'<|im_start|>'").replace(
+        "{% endfor %}", "{%- endgeneration -%}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(marked)
+    talk = [Message("user", "u"), Message("assistant", "a")]
+    assert marked != CHATML and list(Renderer(tmp_path).render(talk).ids) == list(renderer.render(talk).ids)
 
 
 def test_templates_cannot_reach_python(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from conftest import write_base
 from metier.models import load, lora
 from metier.training.plan import Load, measured, plan, shape
 
@@ -22,26 +26,37 @@ CONFIG = {
 DATA = Load(computed_tokens=50_000, real_tokens=80_000, supervised_tokens=20_000, longest=300, epochs=2)
 
 
+@cache
+def smollm2() -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **CONFIG))
+
+
 def made(**changes: object) -> dict:
     facts = {"dtype": "bf16", "gflops": 300.0, "memory_gb": 24.0, "device": "cpu", "tokens": 0} | changes
-    return plan(shape(CONFIG, rank=16, targets="all-linear"), DATA, **facts)
+    return plan(shape(smollm2(), rank=16, targets="all-linear"), DATA, **facts)
 
 
 def test_smollm2_has_the_weights_it_is_named_for() -> None:
-    sizes = shape(CONFIG, rank=16, targets="all-linear")
+    sizes = shape(smollm2(), rank=16, targets="all-linear")
     assert sizes.linear_weights == 106_168_320  # 30 · (576·576·2 + 576·192·2 + 576·1536·3)
     assert sizes.all_weights == 134_515_008
     assert sizes.adapter_weights == 30 * 16 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
 
 
-def test_the_shape_counts_what_attach_makes(tiny: Path) -> None:
-    import json
-
-    model = load.model(load.resolve(str(tiny), tiny), dtype=torch.float32, device=torch.device("cpu"))
-    sizes = shape(json.loads((tiny / "config.json").read_text()), rank=4, targets=("q_proj", "up_proj"))
-    assert sizes.all_weights == sum(p.numel() for p in model.parameters())
-    lora.attach(model, rank=4, alpha=8, targets=["q_proj", "up_proj"], seed=0)
-    assert sizes.adapter_weights == sum(p.numel() for p in lora.parameters(model))
+@pytest.mark.parametrize("name", [*load.ARCHITECTURES, "untied", "biases"])
+def test_the_shape_counts_what_loading_and_attaching_make(tmp_path: Path, name: str) -> None:
+    base = load.resolve(str(write_base(tmp_path, name)), tmp_path)
+    model = load.model(base, dtype=torch.float32, device=torch.device("cpu"))
+    weights = sum(p.numel() for p in model.parameters())
+    for targets in ("all-linear", ("down_proj", "dense_4h_to_h")):
+        sizes = shape(load.skeleton(base), rank=4, targets=targets)
+        assert sizes.all_weights == weights
+        ours = load.model(base, dtype=torch.float32, device=torch.device("cpu"))
+        known = {n.rsplit(".", 1)[-1] for n, _ in ours.named_modules()}
+        chosen = targets if targets == "all-linear" else [t for t in targets if t in known]
+        lora.attach(ours, rank=4, alpha=8, targets=chosen, seed=0)
+        assert sizes.adapter_weights == sum(p.numel() for p in lora.parameters(ours))
 
 
 def test_predictions_move_the_right_way() -> None:
@@ -56,7 +71,7 @@ def test_predictions_move_the_right_way() -> None:
 def test_the_budget_always_takes_the_longest_row() -> None:
     long = replace(DATA, longest=9000)
     out = plan(
-        shape(CONFIG, rank=16, targets="all-linear"),
+        shape(smollm2(), rank=16, targets="all-linear"),
         long,
         dtype="bf16",
         gflops=300.0,

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import metier
-from conftest import write_specialist
+from conftest import write_model, write_specialist
 from metier import acts, runs
+from metier.errors import DataError
 
 ADAPTER = "train/adapter/adapter_model.safetensors"
 SAME = ("data/train.jsonl", ADAPTER, "proof/scores.jsonl", "proof/verdict.json")
@@ -66,6 +67,25 @@ def test_only_what_a_setting_touches_is_done_again(finished: tuple[Path, Path]) 
     assert stale("train.rank=2") == ["train", "prove", "ship"]
     assert stale("prove.confidence=0.9") == ["prove", "ship"]
     assert stale("ship.license=mit") == ["ship"]
+
+
+def test_a_base_with_windows_and_without_a_system_role_goes_through_every_act(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "gemma2")
+    template = base / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    metier.run(write_specialist(tmp_path / "colours", base, ship={"unproved": True}), runs=tmp_path / "runs")
+    certificate = json.loads((tmp_path / "runs" / "colours" / "release" / "certificate.json").read_text())
+    assert certificate["pass"]
+
+
+def test_rows_over_the_context_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", max_position_embeddings=40)
+    spec = write_specialist(tmp_path / "colours", base)
+    metier.build(spec, runs=tmp_path / "runs")
+    with pytest.raises(DataError, match=r"row \S+ has \d+ tokens, over this model's context of 40"):
+        metier.train(spec, runs=tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 
 def test_claims_changed_after_training_cannot_ship(finished: tuple[Path, Path], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def constraint(loaded: Loaded, task: dict[str, Any], renderer: Renderer) -> Gram
     """The grammar of the task's schema, where the proof constrains answers to it: in every arm alike."""
     if not loaded.spec.prove.constrained:
         return None
-    return Grammar(task["schema"], renderer.folder / "tokenizer.json", renderer.stop_ids)
+    return Grammar(task["schema"], renderer.folder / "tokenizer.json", renderer.stop_ids, renderer.around)
 
 
 def open_seal(data: Path, *, first: bool) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from metier.models.attention import Scoring
 from metier.models.linear import LoraLinear
 
 Linear = nn.Linear | LoraLinear
@@ -47,6 +48,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.scoring = _scoring(layer.self_attn)
         _lay_side_by_side(self._inputs())
         _lay_side_by_side(self._gate_up())
 
@@ -82,7 +84,7 @@ class Block(nn.Module):
         q, k, v = y_TND.split(heads, dim=1)
         if normed:
             q, k = (_Rotation.apply(n(t), cos_TE, sin_TE) for n, t in ((attn.q_norm, q), (attn.k_norm, k)))
-        out_THD = layout.attend(attn.layer_idx, q, k, v, attn.scaling)
+        out_THD = layout.attend(attn.layer_idx, q, k, v, self.scoring)
         output = join([attn.o_proj])
         return _LinearAdd.apply(out_THD.reshape(h_TD.shape[0], -1), h_TD, output, *output.adapters)  # type: ignore[no-any-return]
 
@@ -91,6 +93,14 @@ class Block(nn.Module):
         return _FeedForward.apply(  # type: ignore[no-any-return]
             h_TD, norm.weight, norm.variance_epsilon, gate_up, down, *gate_up.adapters, *down.adapters
         )
+
+
+def _scoring(attn: Any) -> Scoring:
+    """Mistral has one window for all layers, the Qwens one a layer; Llama has none, whatever its settings say."""
+    everywhere = attn.config.model_type == "mistral"
+    return Scoring(
+        attn.scaling, None, attn.config.sliding_window if everywhere else getattr(attn, "sliding_window", None)
+    )
 
 
 @dataclass(frozen=True)
@@ -141,12 +151,8 @@ def _lay_side_by_side(linears: Sequence[Linear]) -> None:
 def _product(x_TI: Tensor, joined: Joined, add_TO: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(T, O) of the joined layers, plus `add_TO`, and x Aᵀ (T, R) for the way back."""
     weight_IO = joined.weight_OI.t()
-    if add_TO is not None:
-        y_TO = torch.addmm(add_TO, x_TI, weight_IO)
-    elif joined.bias_O is not None:
-        y_TO = torch.addmm(joined.bias_O, x_TI, weight_IO)
-    else:
-        y_TO = x_TI @ weight_IO
+    add = joined.bias_O if add_TO is None else add_TO if joined.bias_O is None else add_TO + joined.bias_O
+    y_TO = x_TI @ weight_IO if add is None else torch.addmm(add, x_TI, weight_IO)
     if not joined.parts:
         return y_TO, x_TI[:, :0]
     a_RI, bs = _low_rank(joined, x_TI.dtype)

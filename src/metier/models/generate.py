@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metier.errors import DataError
+from metier.models import head, load
 from metier.models.attention import Cache, Prefix, Rows, Step, hidden_states
 from metier.models.schema import Grammar
 
@@ -88,6 +90,13 @@ def generate(
     groups = [g for g in batches(prompts, decoding.max_new_tokens) if not skip.issuperset(g)]
     if not groups:
         return
+    longest, context = max(p.size for p in prompts) + decoding.max_new_tokens, load.context(model)
+    if longest > context:
+        raise DataError(
+            f"a prompt with room for its answer has {longest:,} tokens, and this model's context {context:,}",
+            where="prove.max_new_tokens",
+            fix="lower it or task.shots, or use a base with a longer context",
+        )
     shared = common_prefix(prompts)
     cache = Cache()
     if shared:
@@ -116,7 +125,7 @@ def _decode(
     ended: set[int] = set()
     filled_B = torch.tensor(lengths, device=model.device)
     for position in range(draw.decoding.max_new_tokens):
-        token_B = draw(_logits(model, hidden_BD), alive, position)
+        token_B = draw(head.logits(model, hidden_BD), alive, position)
         for row, token in zip(alive, token_B.tolist(), strict=True):
             if row in ended:
                 continue
@@ -156,10 +165,6 @@ def _read(model: PreTrainedModel, tails: list[np.ndarray], cache: Cache) -> Tens
     hidden_TD = hidden_states(model, np.concatenate(tails), rows)
     cache.kept(len(tails))
     return hidden_TD[torch.tensor(np.cumsum(lengths) - 1, device=model.device)]
-
-
-def _logits(model: PreTrainedModel, hidden_BD: Tensor) -> Tensor:
-    return model.get_output_embeddings()(hidden_BD).float()  # type: ignore[no-any-return]
 
 
 class _Draw:

@@ -1,7 +1,8 @@
 """The output head on chosen positions only, and its cross-entropy in chunks.
 
 Logits of a 50k vocabulary are the largest tensor of a step; they are made for the K supervised rows alone, a chunk at
-a time, turned into the gradient in place, and forgotten.
+a time, turned into the gradient in place, and forgotten. Some models cap their logits, softcap · tanh(logit / softcap)
+(Gemma Team 2024, "Gemma 2", §2).
 
 Shape legend: K supervised positions, D hidden size, V vocabulary.
 """
@@ -13,15 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 CHUNK = 256
 BLOCK = 16
 GRAIN = 32
 
 
-def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
+def softcap(model: PreTrainedModel) -> float | None:
+    """The bound of a model's logits, where it has one."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def logits(model: PreTrainedModel, hidden_KD: Tensor) -> Tensor:
+    """(K, V) float32 logits of a model's last hidden states."""
+    return _capped(model.get_output_embeddings()(hidden_KD).float(), softcap(model))
+
+
+def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor, *, softcap: float | None) -> Tensor:
     """(K,) float32 natural-log probabilities of the targets; differentiable in `hidden_KD` only."""
-    logprob_K: Tensor = _TargetLogprobs.apply(hidden_KD, weight_VD, target_K)
+    logprob_K: Tensor = _TargetLogprobs.apply(hidden_KD, weight_VD, target_K, softcap)
     return logprob_K
 
 
@@ -33,14 +45,16 @@ class _TargetLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor, softcap: float | None
+    ) -> Tensor:
         logprob_K = hidden_KD.new_empty(len(target_K), dtype=torch.float32)
         slope_KD = torch.empty_like(hidden_KD) if ctx.needs_input_grad[0] else None
         for at in range(0, len(target_K), CHUNK):
             chunk = slice(at, at + CHUNK)
             target = target_K[chunk]
             logits = F.linear(_filled(hidden_KD[chunk]), weight_VD)
-            logprob_K[chunk] = _soften(logits, target)
+            logprob_K[chunk] = _soften(logits, target, softcap)
             if slope_KD is not None:
                 slope_KD[chunk] = (logits @ weight_VD)[: len(target)]
         ctx.save_for_backward(slope_KD)
@@ -49,11 +63,11 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slope_KD,) = ctx.saved_tensors
-        return -grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None
+        return -grad_K[:, None].to(slope_KD.dtype) * slope_KD, None, None, None
 
 
-def _soften(logits: Tensor, target_K: Tensor) -> Tensor:
-    """The targets' float32 log-probabilities; the logits become softmax − onehot in place.
+def _soften(logits: Tensor, target_K: Tensor, softcap: float | None) -> Tensor:
+    """The targets' float32 log-probabilities; the logits become softmax − onehot in place, times a soft-cap's slope.
 
     A few rows at a time, so that the float32 numbers stay in the processor's cache.
     """
@@ -61,15 +75,20 @@ def _soften(logits: Tensor, target_K: Tensor) -> Tensor:
     for at in range(0, len(target_K), BLOCK):
         target = target_K[at : at + BLOCK, None]
         rows = logits[at : at + len(target)]
-        block = rows.float()
+        block = _capped(rows.float(), softcap)
+        bend = None if softcap is None else 1 - (block / softcap).square_()
         block -= block.amax(1, keepdim=True)
         logit = block.gather(1, target)
         total = block.exp_().sum(1, keepdim=True)
         logprobs.append((logit - total.log())[:, 0])
         block.div_(total).scatter_add_(1, target, torch.full_like(total, -1))
-        rows.copy_(block)
+        rows.copy_(block if bend is None else block.mul_(bend))
     logits[len(target_K) :] = 0
     return torch.cat(logprobs)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div(softcap).tanh_().mul_(softcap)
 
 
 def _filled(rows: Tensor) -> Tensor:

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+ROTARY = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
+_ALTERNATING = ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3")  # those whose layers differ in their window
 CONVERSION = 1
 _IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".msgpack", ".h5")
@@ -128,6 +141,24 @@ def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrained
     loaded = loaded.eval().to(device)
     block.install(loaded)
     return loaded  # type: ignore[no-any-return]
+
+
+def skeleton(base: Base) -> PreTrainedModel:
+    """The base's modules without weights: their names and shapes alone, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_held_config(base))  # type: ignore[no-any-return]
+
+
+def context(model: PreTrainedModel) -> int:
+    """The most tokens a row may have: positions beyond them were not trained. LongRoPE takes other frequencies for a
+    row over its original length, and rows of one batch share theirs; so only rows up to that length are exact."""
+    config = model.config
+    ropes = _ropes(config)
+    originals = [r["original_max_position_embeddings"] for r in ropes if r["rope_type"] == "longrope"]
+    return int(min(originals, default=config.max_position_embeddings))
 
 
 def embedded_folder(name: str) -> Path:
@@ -246,10 +277,11 @@ def _held_config(base: Base) -> Any:
         raw = json.loads(path.read_bytes())
         kind = raw.get("model_type")
         if kind not in ARCHITECTURES:
+            known = f"use a base of: {', '.join(ARCHITECTURES)}"
             raise ModelError(
                 f"the architecture {str(kind)[:40]!r} is not supported",
                 where=str(path),
-                fix=f"use a base of: {', '.join(ARCHITECTURES)}",
+                fix=f"{known}; this one reads images too, gemma3_text is its text alone" if kind == "gemma3" else known,
             )
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -258,11 +290,32 @@ def _held_config(base: Base) -> Any:
         raise ModelError(
             f"config.json cannot be read: {error}", where=str(path), fix="fetch the model again"
         ) from error
-    if any("sliding" in str(t) for t in getattr(config, "layer_types", None) or ()) or (
-        kind == "mistral" and config.sliding_window
-    ):
-        raise ModelError("sliding-window attention is not supported", where=str(path), fix="use a base without it")
+    if what := _inexact(config):
+        raise ModelError(what, where=str(path), fix=f"use a plain base of: {', '.join(ARCHITECTURES)}")
     return config
+
+
+def _inexact(config: Any) -> str | None:
+    """What the engine would not reproduce exactly in a configuration of an architecture that it knows, if anything."""
+    if getattr(config, "quantization_config", None):
+        return "weights that are quantised already are not supported"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "attention in both directions is not supported"
+    if strange := sorted({str(r["rope_type"]) for r in _ropes(config)} - {*ROTARY}):
+        return f"the rotary type {strange[0][:40]!r} is not supported; {', '.join(ROTARY)} are"
+    layers = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if strange := sorted(layers - {"full_attention", "sliding_attention"}):
+        return f"layers of the type {strange[0][:40]!r} are not supported"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if "sliding_attention" in layers and (not window or config.model_type not in _ALTERNATING):
+        return "layer_types asks for sliding windows that this architecture does not have"
+    return None
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a configuration: one for all layers, or one for each type of layer."""
+    settings = config.rope_parameters
+    return [settings] if "rope_type" in settings else [s for s in settings.values() if s]
 
 
 def _hold_memory(base: Base, size: int) -> None:

@@ -21,9 +21,18 @@ _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator"
 
 
 class Grammar:
-    """A schema compiled for one tokenizer. Compiled once, matched by as many rows as wanted."""
+    """A schema compiled for one tokenizer. Compiled once, matched by as many rows as wanted.
 
-    def __init__(self, schema: dict[str, Any], tokenizer: Path, stop_ids: frozenset[int]) -> None:
+    `around` is what the model's tokens write before and behind an answer's text (`Renderer.around`).
+    """
+
+    def __init__(
+        self,
+        schema: dict[str, Any],
+        tokenizer: Path,
+        stop_ids: frozenset[int],
+        around: tuple[str, str] = ("", ""),
+    ) -> None:
         try:
             import llguidance
         except ModuleNotFoundError as error:
@@ -31,6 +40,12 @@ class Grammar:
         self._library, self._stop_ids = llguidance, sorted(stop_ids)
         self._tokenizer = llguidance.LLTokenizer(tokenizer.read_text("utf-8"), eos_token=sorted(stop_ids))
         self._grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_COMPACT)
+        if any(around):
+            before, behind = map(json.dumps, around)
+            compact = json.dumps(schema | {"x-guidance": _COMPACT | schema.get("x-guidance", {})})
+            self._grammar = llguidance.LLMatcher.grammar_from_lark(
+                f"start: {before} json {behind}\njson: %json {compact}"
+            )
         if problem := llguidance.LLMatcher.validate_grammar(self._grammar, self._tokenizer):
             raise ConfigError(
                 f"the schema cannot constrain answers: {problem.splitlines()[0]}",

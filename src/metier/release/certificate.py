@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metier import runs
-from metier.models import load, lora
+from metier.models import head, load, lora
 from metier.models.attention import Rows, hidden_states
 from metier.text.chat import Renderer
 
@@ -73,4 +73,4 @@ def last_logits(model: PreTrainedModel, prompts: Sequence[np.ndarray]) -> Tensor
     rows = Rows(lengths, prefix=0, device=model.device)
     hidden_TD = hidden_states(model, np.concatenate(prompts), rows)
     last = torch.tensor(np.cumsum(lengths) - 1, device=model.device)
-    return model.get_output_embeddings()(hidden_TD[last]).float()  # type: ignore[no-any-return]
+    return head.logits(model, hidden_TD[last])

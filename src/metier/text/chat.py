@@ -4,19 +4,26 @@ The model's own chat template is rendered with placeholders where the contents b
 afterwards, as text that can never become a control token: `<|im_end|>` typed by a user is six ordinary tokens. Text
 between two control tokens is tokenised in one piece, as the model's own tokenizer would; an answer starts a piece of
 its own, so that the ids of a prompt are always the beginning of the ids of the whole conversation.
+
+Three traits of other families are followed. Where a template knows no system role, a system text stands at the head of
+the next user text. Where it puts blanks between what asks for an answer and the answer, or an answer and its end, the
+model learns to write them, and `parse` takes them off. A tokenizer in the manner of SentencePiece may put a blank
+before a text: before each that follows a control token, but not before a piece inside one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2 import Template
+from jinja2.exceptions import TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -29,6 +36,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
 _MARK = re.compile("\ue000(\\d+)\ue001")
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks an answer, and prints nothing
+_BLANKS = re.compile(r"[^\S\x1c-\x1f]*")  # what the `tokenizers` library takes for white space
+_TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip)
 _PROBES = (
     (Message("system", "Be brief."), Message("user", "How many is 2024 + 1?"), Message("assistant", '{"sum": 2025}')),
     (Message("user", "two\n\nlines, ünïcode 木 and   spaces"), Message("assistant", "yes")),
@@ -44,7 +54,11 @@ class Rendered:
 
 
 class Renderer:
-    """Messages to ids for one model folder: its `tokenizer.json`, its template, its special tokens."""
+    """Messages to ids for one model folder: its `tokenizer.json`, its template, its special tokens.
+
+    `system_role` says whether its template takes system messages, `around` what its tokens write before and behind the
+    text of an answer (blanks, or nothing).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,14 +68,30 @@ class Renderer:
         self._special = {k: _token(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
         self._control = self._control_ids(tree)
         self._split = re.compile("|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True)))
+        self._control_of = frozenset(self._control.values())
+        self._greedy = {t["content"] for t in tree.get("added_tokens", ()) if t.get("rstrip")} & {*self._control}
         self._whole = _tokenizer(tree, folder)
         kept = [t for t in tree.get("added_tokens", ()) if t["content"] not in self._control]
-        self._plain = _tokenizer({**tree, "added_tokens": kept, "post_processor": None}, folder)
+        plain = {**tree, "added_tokens": kept, "post_processor": None}
+        self._plain = _tokenizer(plain, folder)
+        self._inside, self._decoder = self._plain, self._whole
+        if _flowing(tree) != tree:
+            self._inside, self._decoder = (_tokenizer(_flowing(t), folder) for t in (plain, tree))
+        first_only = '"prepend_scheme": "first"' in json.dumps(tree.get("pre_tokenizer"))
+        self._behind_control = self._inside if first_only else self._plain
         self._unwritable = _missing_bytes(tree)
-        self._environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        unknown = tree.get("model", {}).get("unk_token")
+        self._unknown = self._whole.token_to_id(unknown) if isinstance(unknown, str) else None
+        self._environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         self._environment.globals["raise_exception"] = _raise
         self._environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        self._compiled = self._environment.from_string(self.template)
+        self._compiled = self._compile()
+        self.system_role = self._takes_system()
+        self._lead: list[tuple[str, str]] = []
+        self._blank, self.around = "", ("", "")
+        self._surround_answers()
         self.stop_ids = self._stops()
         self._hold_own_rendering()
 
@@ -82,32 +112,58 @@ class Renderer:
     def parse(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without the token that ended it; NUL, which no record may hold, as U+FFFD."""
         kept = [i for i in ids if i not in self.stop_ids]
-        return str(self._whole.decode(kept, skip_special_tokens=False)).replace("\0", "\ufffd")
+        text = str(self._decoder.decode(kept, skip_special_tokens=False)).replace("\0", "\ufffd")
+        return text.removeprefix(self.around[0]).removesuffix(self.around[1])
 
     def count(self, text: str) -> int:
         """Tokens of a text as content."""
         return len(self._plain.encode(text, add_special_tokens=False).ids)
 
     def _pieces(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[tuple[list[int], bool]]:
-        """(ids, supervised) in order; an answer and the control token behind it are supervised."""
+        """(ids, supervised) in order; an answer and what ends it are supervised."""
         pieces: list[tuple[list[int], bool]] = []
-        open_text, after_answer = "", False
-        for text, role in self._spans(messages, generation_prompt):
+        segment: list[tuple[str, str]] = []
+        control, after_answer = None, False
+        spans = self._spans(messages, generation_prompt)
+        for text, role in [*spans, *(self._lead if generation_prompt else ())]:
+            if role != "control":
+                segment.append((text, role))
+                continue
+            pieces += self._segment(segment, control, ended=True)
+            after_answer = any(r == "assistant" for _, r in segment)
+            pieces.append(([self._control[text]], after_answer))
+            segment, control = [], text
+        pieces += self._segment(segment, control, ended=False)
+        return pieces
+
+    def _segment(
+        self, spans: Sequence[tuple[str, str]], control: str | None, *, ended: bool
+    ) -> list[tuple[list[int], bool]]:
+        """(ids, supervised) of the text behind a control token, or behind nothing, up to the next or to the end."""
+        texts: list[tuple[str, bool]] = [("", False)]
+        for text, role in spans:
             if role == "assistant":
-                pieces.append((self._encode(open_text), False))
-                pieces.append((self._encode(text), True))
-                open_text, after_answer = "", True
-            elif role == "control":
-                pieces.append((self._encode(open_text), False))
-                pieces.append(([self._control[text]], after_answer))
-                open_text, after_answer = "", False
+                earlier = texts.pop()[0]
+                blank = self._blank if earlier.endswith(self._blank) else ""
+                texts += [(earlier.removesuffix(blank), False), (blank + text, True), ("", False)]
             else:
-                open_text += text
-        pieces.append((self._encode(open_text), False))
-        return [(ids, learnt) for ids, learnt in pieces if ids]
+                texts[-1] = (texts[-1][0] + text, False)
+        if ended and len(texts) > 1:
+            behind, answer = texts.pop()[0], texts.pop()[0]
+            texts.append((answer + behind, True))
+        if control in self._greedy:
+            texts[0] = (_BLANKS.sub("", texts[0][0], count=1), False)
+        tokenizer = self._plain if control is None else self._behind_control
+        pieces = []
+        for text, learnt in texts:
+            if text:
+                pieces.append((self._encode(text, tokenizer), learnt))
+                tokenizer = self._inside
+        return pieces
 
     def _spans(self, messages: Sequence[Message], generation_prompt: bool) -> list[tuple[str, str]]:
         """(text, role) in order: contents by their message's role, control tokens, and the template's own text."""
+        messages = messages if self.system_role else self._folded(messages)
         skeleton = self._run([Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)], generation_prompt)
         parts = _MARK.split(skeleton)
         if [int(i) for i in parts[1::2]] != list(range(len(messages))):
@@ -115,7 +171,7 @@ class Renderer:
             raise ModelError(
                 f"the model's chat template drops or moves a message of ({roles})",
                 where=str(self.folder),
-                fix="use roles this model knows; some have no system role",
+                fix="use roles this model knows",
             )
         contents = self._contents(messages, skeleton, generation_prompt)
         spans: list[tuple[str, str]] = []
@@ -126,11 +182,32 @@ class Renderer:
                 spans += self._template_spans(part)
         return spans
 
+    def _folded(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation without system messages: each stands at the head of the next user text instead."""
+        folded: list[Message] = []
+        above: list[str] = []
+        for message in messages:
+            if message.role == "system":
+                above.append(message.content)
+            elif message.role == "user" and above:
+                folded.append(Message("user", "\n\n".join([*above, message.content])))
+                above = []
+            else:
+                folded.append(message)
+        if above:
+            raise DataError(
+                "this model has no system role, and no user text follows the system text",
+                where=str(self.folder),
+                fix="put a user message behind it, or use another base",
+            )
+        return folded
+
     def _contents(self, messages: Sequence[Message], skeleton: str, generation_prompt: bool) -> list[str]:
-        """The contents as the template prints them: as they are, or stripped; anything else is refused."""
+        """The contents as the template prints them: as they are, or trimmed in one way for each role."""
         actual = self._run(messages, generation_prompt)
-        for change in (str, str.strip):
-            contents = [change(m.content) for m in messages]
+        roles = list(dict.fromkeys(m.role for m in messages))
+        for trims in itertools.product(_TRIMS, repeat=len(roles)):
+            contents = [trims[roles.index(m.role)](m.content) for m in messages]
             if _MARK.sub(lambda m, c=contents: c[int(m[1])], skeleton) == actual:  # type: ignore[misc]
                 return contents
         raise ModelError(
@@ -146,20 +223,47 @@ class Renderer:
             at = match.end()
         return [(t, r) for t, r in [*spans, (text[at:], "template")] if t]
 
-    def _encode(self, text: str) -> list[int]:
-        if self._unwritable and (lost := self._unwritable.intersection(text.encode("utf-8"))):
-            char = next(c for c in text if lost.intersection(c.encode("utf-8")))
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        ids = list(tokenizer.encode(text, add_special_tokens=False).ids)
+        lost = self._unwritable.intersection(text.encode("utf-8")) if self._unwritable else ()
+        if typed := self._control_of.intersection(ids) - {self._unknown}:
+            raise DataError(
+                f"this model's tokenizer takes text for its control token {self._whole.id_to_token(min(typed))}",
+                where=str(self.folder),
+                fix="remove it from the text, or use another base",
+            )
+        if lost or self._unknown in ids:
+            char = next((c for c in text if self._loses(c)), text[0])
             raise DataError(
                 f"unwritable: this model's tokenizer has no token for U+{ord(char):04X}",
                 where=str(self.folder),
                 fix="remove the character, or use another base",
             )
-        return list(self._plain.encode(text, add_special_tokens=False).ids) if text else []
+        return ids
+
+    def _loses(self, char: str) -> bool:
+        unknown = self._unknown in self._inside.encode(char, add_special_tokens=False).ids
+        return unknown or bool(self._unwritable.intersection(char.encode("utf-8")))
+
+    def _compile(self) -> Template:
+        marked = _GENERATION.sub(lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", self.template)
+        try:
+            return self._environment.from_string(marked)
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template is no template: {error}", where=str(self.folder), fix="fetch the model again"
+            ) from error
 
     def _run(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         shown = [{"role": m.role, "content": m.content} for m in messages]
         try:
             return str(self._compiled.render(messages=shown, add_generation_prompt=generation_prompt, **self._special))
+        except UndefinedError as error:
+            raise ModelError(
+                f"the model's chat template needs more than a conversation: {error}",
+                where=str(self.folder),
+                fix="use a base whose template needs nothing else; one that prints the date is another every day",
+            ) from error
         except TemplateError as error:
             raise DataError(
                 f"the model's chat template refuses the conversation: {error}",
@@ -170,7 +274,32 @@ class Renderer:
     def _control_ids(self, tree: dict[str, Any]) -> dict[str, int]:
         """Added tokens that steer the model: the special ones, and any other that the template itself writes."""
         added = {t["content"]: t for t in tree.get("added_tokens", ())}
-        return {text: t["id"] for text, t in added.items() if t["special"] or text in self.template}
+        return {x: t["id"] for x, t in added.items() if t["special"] or (x.strip() and x in self.template)}
+
+    def _surround_answers(self) -> None:
+        """Learns what the template puts between its request for an answer and the answer, and behind an answer.
+
+        Blanks before an answer are learnt with it; more than blanks (an empty thought) is part of the request instead.
+        """
+        asked, spans = self._spans(_PROBES[1][:-1], True), self._spans(_PROBES[1], False)
+        at = next(i for i, (_, role) in enumerate(spans) if role == "assistant")
+        request, before = ("".join(text for text, _ in some) for some in (asked, spans[:at]))
+        if not before.startswith(request):
+            raise ModelError(
+                "the chat template shows a past answer differently from how it asks for one",
+                where=str(self.folder),
+                fix="use a model whose generation prompt is the beginning of its answers",
+            )
+        lead = before.removeprefix(request)
+        if lead.strip():
+            self._lead = self._template_spans(lead)
+        else:
+            self._blank = lead
+        behind = itertools.takewhile(lambda span: span[1] != "control", spans[at + 1 :])
+        ids = next(piece for piece, learnt in self._pieces(_PROBES[1], generation_prompt=False) if learnt)
+        written = str(self._decoder.decode(ids, skip_special_tokens=False))
+        before, found, _ = written.partition(_PROBES[1][-1].content)
+        self.around = before if found else "", "".join(text for text, _ in behind)
 
     def _stops(self) -> frozenset[int]:
         """The ids that end an answer: what the template puts behind one, and the model's end of text."""
@@ -189,15 +318,23 @@ class Renderer:
 
     def _hold_own_rendering(self) -> None:
         """Refuses a tokenizer or template that this renderer would not reproduce id by id."""
+        lead = "".join(text for text, _ in self._lead)
         for probe in _PROBES:
-            messages = probe if self._takes_system() else tuple(m for m in probe if m.role != "system")
+            messages = probe if self.system_role else self._folded(probe)
             whole, prompt = self.render(messages), self.prompt(messages[:-1])
-            text = self._run(messages[:-1], True)
-            if list(prompt) != self._whole.encode(text, add_special_tokens=False).ids:
+            asked, shown = self._run(messages[:-1], True) + lead, self._run(messages, False)
+            for ids, text in ((prompt, asked), (whole.ids, shown)):
+                if list(ids) != self._whole.encode(text, add_special_tokens=False).ids:
+                    raise ModelError(
+                        "this tokenizer joins text across control tokens, so exact rendering is impossible",
+                        where=str(self.folder),
+                        fix="use a model with another tokenizer, such as a byte-level BPE",
+                    )
+            if self.parse(whole.ids[whole.supervised]) != messages[-1].content:
                 raise ModelError(
-                    "this tokenizer joins text across control tokens, so exact rendering is impossible",
+                    "this tokenizer does not give back the text of an answer",
                     where=str(self.folder),
-                    fix="use a model with a byte-level BPE tokenizer",
+                    fix="use a model with another tokenizer, such as a byte-level BPE",
                 )
             if list(whole.ids[: prompt.size]) != list(prompt):
                 raise ModelError(
@@ -207,6 +344,7 @@ class Renderer:
                 )
 
     def _takes_system(self) -> bool:
+        self.system_role = True
         try:
             self._spans(_PROBES[0], False)
         except (DataError, ModelError):
@@ -232,6 +370,26 @@ def _template(folder: Path, settings: dict[str, Any]) -> tuple[str, bool]:
         return file.read_text("utf-8"), True
     inline = settings.get("chat_template")
     return (inline, True) if isinstance(inline, str) else (PLAIN_TEMPLATE, False)
+
+
+def _flowing(part: Any) -> Any:
+    """A tokenizer's description without the blank that it puts before a text, and takes off again in decoding."""
+    if isinstance(part, list):
+        return [kept for kept in map(_flowing, part) if kept is not None]
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " "):
+        return None
+    flowing = dict(part)
+    if kind == "Metaspace":
+        flowing["prepend_scheme"] = "never"
+    if kind == "ByteLevel":
+        flowing["add_prefix_space"] = False
+    for name in ("normalizer", "pre_tokenizer", "decoder", "normalizers", "pretokenizers", "decoders"):
+        if name in part:
+            flowing[name] = _flowing(part[name])
+    return flowing
 
 
 def _missing_bytes(tree: dict[str, Any]) -> frozenset[int]:

@@ -147,7 +147,8 @@ def logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden_TD = hidden_states(model, np.concatenate([batch.prefix_P, batch.tokens_T]), rows)
     predict_K = torch.from_numpy(batch.predict_K).to(device) + prefix
     weight_VD = model.get_output_embeddings().weight
-    return head.logprobs(hidden_TD[predict_K], weight_VD, torch.from_numpy(batch.target_K).to(device))
+    target_K = torch.from_numpy(batch.target_K).to(device)
+    return head.logprobs(hidden_TD[predict_K], weight_VD, target_K, softcap=head.softcap(model))
 
 
 def _hold_finite(loss: float, norm: float, step: int, micro: Sequence[Batch]) -> None:

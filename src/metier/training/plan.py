@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 EFFICIENCY = 0.55
 _BYTES = {"bf16": 2, "fp32": 4}
 _SMALLEST, _LARGEST = 512, 2048
@@ -31,37 +34,23 @@ class Shape:
     adapter_weights: int
 
 
-def shape(settings: dict[str, Any], *, rank: int, targets: str | tuple[str, ...]) -> Shape:
-    """The sizes that a model's `config.json` implies, with a LoRA adapter of `rank` on `targets`."""
-    hidden, inner = settings["hidden_size"], settings["intermediate_size"]
-    heads = settings["num_attention_heads"]
-    kv_heads = settings.get("num_key_value_heads") or heads
-    head_dim = settings.get("head_dim") or hidden // heads
-    linears = {
-        "q_proj": (hidden, heads * head_dim),
-        "k_proj": (hidden, kv_heads * head_dim),
-        "v_proj": (hidden, kv_heads * head_dim),
-        "o_proj": (heads * head_dim, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
-    layers = settings["num_hidden_layers"]
-    linear_weights = layers * sum(i * o for i, o in linears.values())
-    tables = 1 if settings.get("tie_word_embeddings") else 2
+def shape(model: PreTrainedModel, *, rank: int, targets: str | tuple[str, ...]) -> Shape:
+    """The sizes of a model without an adapter (its skeleton will do), with a LoRA adapter of `rank` on `targets`."""
+    config, head = model.config, model.get_output_embeddings()
+    linears = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    adapted = [w for n, w in linears.items() if targets == "all-linear" or n.rsplit(".", 1)[-1] in targets]
+    heads = config.num_attention_heads
     return Shape(
-        layers=layers,
-        hidden=hidden,
-        intermediate=inner,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocabulary=settings["vocab_size"],
-        linear_weights=linear_weights,
-        all_weights=linear_weights + tables * settings["vocab_size"] * hidden + (2 * layers + 1) * hidden,
-        adapter_weights=layers
-        * rank
-        * sum(i + o for name, (i, o) in linears.items() if targets == "all-linear" or name in targets),
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        linear_weights=sum(w.numel() for w in linears.values()),
+        all_weights=sum(p.numel() for p in model.parameters()),
+        adapter_weights=rank * sum(sum(w.shape) for w in adapted),
     )
 
 

@@ -39,11 +39,14 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     dtype = machine.dtype(_begun_with(work) or spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     renderer = Renderer(base.folder)
+    if not renderer.system_role:
+        note("this base has no system role: instructions stand at the head of the first question, in every arm")
     data = run.require("build")
     rows, valid = (_rows(data / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
     prefix = batches.shared_prefix([*rows, *valid])
 
     model = load.model(base, dtype=dtype, device=device)
+    _hold_context([*rows, *valid], load.context(model), data)
     targets = stage.targets if isinstance(stage.targets, str) else list(stage.targets)
     lora.attach(model, rank=stage.rank, alpha=stage.alpha, targets=targets, seed=spec.seed)
     flat = loop.Flat(lora.parameters(model))
@@ -229,6 +232,16 @@ def _rows(path: Path, renderer: Renderer, stage: Stage) -> list[Row]:
     return rows
 
 
+def _hold_context(rows: Sequence[Row], context: int, data: Path) -> None:
+    longest = max(rows, key=lambda row: row.ids.size)
+    if longest.ids.size > context:
+        raise DataError(
+            f"row {longest.id} has {longest.ids.size:,} tokens, over this model's context of {context:,}",
+            where=str(data),
+            fix="shorten the row, or use a base with a longer context",
+        )
+
+
 def _schedule(stage: Stage, rows: int, seed: int, tokens: int) -> loop.Schedule:
     return loop.Schedule(
         steps=max(1, math.ceil(stage.epochs * rows / stage.batch_size)),
@@ -259,7 +272,7 @@ def _plan(
     real = sum(r.ids.size for r in rows)
     steps = math.ceil(len(rows) / stage.batch_size)
     made = plan(
-        shape(_json(base.folder / "config.json"), rank=stage.rank, targets=stage.targets),
+        shape(load.skeleton(base), rank=stage.rank, targets=stage.targets),
         Load(
             computed_tokens=real - prefix * (len(rows) - steps),
             real_tokens=real,
