@@ -7,6 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure, and what was found once is found again.
+settings.register_profile("metier", deadline=None, derandomize=True)
+settings.load_profile("metier")
 
 os.environ.setdefault("METIER_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
