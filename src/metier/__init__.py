@@ -29,7 +29,7 @@ def build(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str
 
 
 def train(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
-    """The data set to an adapter; goes on where it was interrupted."""
+    """The data set to an adapter, or a whole model; goes on where it was interrupted."""
     return _act("train", spec, runs, settings, dry)
 
 
@@ -39,7 +39,7 @@ def prove(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str
 
 
 def ship(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
-    """The release: adapter, model card and certificate."""
+    """The release: adapter or model, model card and certificate."""
     return _act("ship", spec, runs, settings, dry)
 
 

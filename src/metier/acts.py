@@ -148,23 +148,24 @@ _READS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"build": ("train.jsonl", "valid.jsonl")},
     "prove": {
         "build": ("test.jsonl", "train.jsonl", "task.json"),
-        "train": ("adapter/adapter_model.safetensors", "registered.json"),
+        "train": ("registered.json",),
     },
-    "ship": {"train": ("adapter/adapter_model.safetensors",), "prove": ("verdict.json",), "build": ("task.json",)},
+    "ship": {"train": (), "prove": ("verdict.json",), "build": ("task.json",)},
 }
 
 
 def _inputs(act: str, loaded: Loaded, run: Run) -> dict[str, str]:
     """The sha256 of everything an act reads, by name."""
     from metier.data import build
-    from metier.models import load
+    from metier.models import load, tuned
 
     found = {"base": load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)}
     if act == "build":
         return build.inputs(loaded) | found
     for earlier, names in _READS[act].items():
         folder = run.require(earlier)
-        found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in names}
+        trained = tuned.weights(folder) if earlier == "train" else []
+        found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in (*trained, *names)}
     return found
 
 
@@ -305,11 +306,11 @@ def _forecast(act: str, loaded: Loaded, run: Run) -> dict[str, Any]:
 def _outputs(act: str, run: Run) -> tuple[str, ...]:
     main = {
         "build": ("train.jsonl", "valid.jsonl", "test.jsonl", "card.md"),
-        "train": ("adapter", "metrics.jsonl", "plan.json"),
+        "train": ("adapter", "model", "metrics.jsonl", "plan.json"),
         "prove": ("report.html", "verdict.json"),
-        "ship": ("adapter", "README.md", "certificate.json"),
+        "ship": ("adapter", "model", "README.md", "certificate.json"),
     }
-    return tuple(str(run.act(act) / name) for name in main[act])
+    return tuple(str(run.act(act) / name) for name in main[act] if (run.act(act) / name).exists())
 
 
 def perform_all(loaded: Loaded, run: Run) -> list[Outcome]:

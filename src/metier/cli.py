@@ -79,7 +79,7 @@ def build(**words: Any) -> Outcome:
 @commands.command()
 @_options
 def train(**words: Any) -> Outcome:
-    """Train the adapter; goes on where it was interrupted."""
+    """Train an adapter, or every weight; goes on where it was interrupted."""
     return metier.train(**words)
 
 
@@ -93,7 +93,7 @@ def prove(**words: Any) -> Outcome:
 @commands.command()
 @_options
 def ship(**words: Any) -> Outcome:
-    """Release the adapter with its model card and certificate."""
+    """Release what was trained with its model card and certificate."""
     return metier.ship(**words)
 
 

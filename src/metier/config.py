@@ -22,6 +22,7 @@ from metier.errors import ConfigError, nearest
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 24
+FULL_RATE = 1e-4
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -37,6 +38,12 @@ Count = Annotated[int, BeforeValidator(_no_bool)]
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _at_default(settings: Settings) -> set[str]:
+    """Fields given with their default value: what a written-out specialist holds."""
+    fields = type(settings).model_fields
+    return {n for n in settings.model_fields_set if getattr(settings, n) == fields[n].default}
 
 
 class Task(Settings):
@@ -111,16 +118,29 @@ class Stage(Settings):
     """One stage of training; each starts from the last."""
 
     method: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning on the answers.")
+    tune: Literal["lora", "full"] = Field(
+        "lora", description="What is trained: `lora`, an adapter on the frozen base; `full`, every weight of the base."
+    )
     rank: Count = Field(16, ge=1, le=4096, description="Rank of the LoRA update.")
     alpha: Number = Field(32, gt=0, le=1e6, description="LoRA scale: the update counts alpha / rank.")
+    rslora: bool = Field(False, description="rsLoRA: the update counts alpha / √rank instead.")
+    dora: bool = Field(False, description="DoRA: the length of each weight row is trained apart from its direction.")
+    dropout: Number = Field(0, ge=0, lt=1, description="Share of an adapter's inputs that a step drops.")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="Modules that get an adapter: `all-linear`, or names such as [q_proj, v_proj]."
     )
-    learning_rate: Number = Field(1e-3, gt=0, le=1, description="Peak learning rate.")
+    modules_to_save: tuple[str, ...] = Field(
+        (),
+        description="Modules trained whole beside the adapter, such as [embed_tokens, lm_head]. As in PEFT, a name "
+        "means every module whose full name ends so. Tied ones must be named together.",
+    )
+    learning_rate: Number = Field(
+        1e-3, gt=0, le=1, description="Peak learning rate. Unset with `tune: full`: a tenth of this default."
+    )
     epochs: Number = Field(2, gt=0, le=1000, description="Passes over the training rows.")
     batch_size: Count = Field(16, ge=1, le=65536, description="Rows per optimizer step.")
     warmup: Number = Field(0.03, ge=0, lt=1, description="Share of steps with a rising learning rate; then cosine.")
-    weight_decay: Number = Field(0, ge=0, le=1, description="AdamW weight decay of the adapter.")
+    weight_decay: Number = Field(0, ge=0, le=1, description="AdamW weight decay of what is trained; matrices only.")
     clip: Number = Field(1.0, gt=0, le=1e6, description="Largest gradient norm.")
     max_length: Count | None = Field(
         None, ge=8, description="Most tokens of a row. Unset: the longest row; longer rows are an error, never cut."
@@ -129,7 +149,26 @@ class Stage(Settings):
     patience: Count = Field(
         2, ge=0, le=1000, description="Validations without a better loss before stopping early; 0 never stops."
     )
-    checkpoint_every: Count = Field(10, ge=1, le=100_000, description="Steps between checkpoints.")
+    checkpoint_every: Count = Field(
+        10, ge=1, le=100_000, description="Steps between checkpoints. Unset with `tune: full`: 50, as they are large."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_full_tuning(cls, given: Any) -> Any:
+        full = isinstance(given, dict) and given.get("tune") == "full"
+        return {"learning_rate": FULL_RATE, "checkpoint_every": 50} | given if full else given
+
+    @model_validator(mode="after")
+    def _variants_go_together(self) -> Stage:
+        adapter = {"rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save"}
+        if self.tune == "full" and (strange := sorted(adapter & self.model_fields_set - _at_default(self))):
+            raise ValueError(f"{strange[0]} means nothing with tune: full")
+        if self.dora and self.dropout:
+            raise ValueError("dora and dropout do not go together: DoRA's row lengths need the whole input")
+        if not self.targets:
+            raise ValueError("targets names no module: give names, or all-linear")
+        return self
 
 
 class Claim(Settings):
@@ -150,13 +189,9 @@ class Claim(Settings):
         if (self.beats is None) == (self.format is None):
             raise ValueError("a claim has exactly one of: beats, format")
         other = {"grader", "margin"} if self.format else {"at_least"}
-        if strange := sorted(other & self.model_fields_set - self._unset()):
+        if strange := sorted(other & self.model_fields_set - _at_default(self)):
             raise ValueError(f"{strange[0]} means nothing in the claim `{self.name}`")
         return self
-
-    def _unset(self) -> set[str]:
-        """Fields given with their default value: what a written-out specialist holds."""
-        return {n for n in self.model_fields_set if getattr(self, n) == type(self).model_fields[n].default}
 
     @property
     def name(self) -> str:
@@ -197,7 +232,12 @@ class Prove(Settings):
 class Ship(Settings):
     """What is released."""
 
-    formats: tuple[Literal["adapter"], ...] = Field(("adapter",), description="`adapter`: PEFT layout.")
+    formats: tuple[Literal["adapter", "model"], ...] | None = Field(
+        None,
+        min_length=1,
+        description="`adapter`: PEFT layout; `model`: the whole model, where every weight was trained. Unset: the one "
+        "that was trained.",
+    )
     unproved: bool = Field(False, description="Release although the verdict is not `ship`; the card says so.")
     license: str = Field("apache-2.0", min_length=1, description="Licence named on the model card.")
 
@@ -239,6 +279,13 @@ class Spec(Settings):
         needed = self.prove.constrained or any(c.format or c.grader == "schema" for c in self.prove.claims)
         if self.task.schema_file is None and needed:
             raise ValueError("prove.constrained and claims about the format need task.schema")
+        return self
+
+    @model_validator(mode="after")
+    def _ships_what_is_trained(self) -> Spec:
+        made = "model" if self.train[-1].tune == "full" else "adapter"
+        if other := [f for f in self.ship.formats or () if f != made]:
+            raise ValueError(f"ship.formats: {other[0]} is not what tune: {self.train[-1].tune} makes; it is {made}")
         return self
 
 

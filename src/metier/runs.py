@@ -17,7 +17,7 @@ import shutil
 import signal
 import socket
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    payload = data.encode("utf-8") if isinstance(data, str) else data
+def write(path: Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
+    """Writes a file whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    Large data may come in pieces, so that no second copy of it is held.
+    """
+    whole = data.encode("utf-8") if isinstance(data, str) else data
+    pieces: Sequence[bytes | memoryview] = [whole] if isinstance(whole, bytes) else whole
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk(path, len(payload)):
+    with disk(path, sum(len(piece) for piece in pieces)):
         try:
             with temporary.open("wb") as file:
-                file.write(payload)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from metier import progress, runs
 from metier.errors import MetierError
+from metier.models import tuned
 
 if TYPE_CHECKING:
     from metier.acts import Outcome
@@ -34,7 +35,7 @@ def lines(outcome: Outcome) -> list[str]:
 
 
 def closing(outcomes: list[Outcome]) -> list[str]:
-    """Where the report is, and the three lines: how much better, at what cost, and where the adapter lies."""
+    """Where the report is, and the three lines: how much better, at what cost, and where what was trained lies."""
     run = outcomes[0].run
     verdict = next((o.figures for o in outcomes if "verdict" in o.figures), None)
     if verdict is None:
@@ -43,7 +44,7 @@ def closing(outcomes: list[Outcome]) -> list[str]:
         f"report    {run / 'proof' / 'report.html'}",
         f"better    {_best_of_prompts(verdict)}",
         f"cost      {_cost(run)}",
-        f"adapter   {_adapter(run, outcomes[-1].act == 'ship')}",
+        _where(run, outcomes[-1].act == "ship"),
     ]
 
 
@@ -89,5 +90,6 @@ def _cost(run: Path) -> str:
     return f"{seconds / 60:.1f} minutes for all acts, {peak:.1f} GB peak memory in training"
 
 
-def _adapter(run: Path, released: bool) -> str:
-    return str(run / "release" / "adapter") if released else f"{run / 'train' / 'adapter'} (not released)"
+def _where(run: Path, released: bool) -> str:
+    trained = tuned.folder(run / "train")
+    return f"{trained.name:<9} {run / 'release' / trained.name if released else f'{trained} (not released)'}"

@@ -8,6 +8,7 @@ from typing import Any
 from metier import config, machine, runs
 from metier.config import Loaded
 from metier.errors import DataError, RunError
+from metier.models import tuned
 from metier.records import Message
 
 
@@ -16,20 +17,18 @@ def ask(run_folder: Path, text: str) -> dict[str, Any]:
     loaded = of_run(run_folder)
     if not text.strip():
         raise DataError("the question is empty", fix='give a text: metier ask RUN "your text"')
-    adapter = run_folder / "train" / "adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise RunError("this run has no adapter yet", where=str(adapter), fix="run `metier train` first")
+    tuned.folder(run_folder / "train")
     machine.import_torch()
     from metier.evaluate import run as evaluation
-    from metier.models import load, lora
+    from metier.models import load
     from metier.models.generate import Decoding
     from metier.text.chat import Renderer
 
     machine.prepare(loaded.spec.machine.threads)
     device = machine.device(loaded.spec.machine.device)
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
-    model = load.model(base, dtype=machine.dtype(loaded.spec.machine.dtype, device), device=device)
-    lora.load(model, adapter)
+    dtype = machine.dtype(loaded.spec.machine.dtype, device)
+    pair = tuned.Pair(base, run_folder / "train", dtype=dtype, device=device)
     renderer = Renderer(base.folder)
     task = runs.read_json(run_folder / "data" / "task.json")
     prompt = renderer.prompt((Message("system", task["instruction"]), Message("user", text)))
@@ -38,9 +37,7 @@ def ask(run_folder: Path, text: str) -> dict[str, Any]:
     grammar = evaluation.constraint(loaded, task, renderer)
     said = {}
     for name in ("base", "tuned"):
-        [[(_, answer)]] = evaluation.answers(
-            model, [prompt], renderer, decoding, tuned=name == "tuned", grammar=grammar
-        )
+        [[(_, answer)]] = evaluation.answers(pair, [prompt], renderer, decoding, tuned=name == "tuned", grammar=grammar)
         said[name] = {"text": renderer.parse(answer.ids), "new_tokens": len(answer.ids), "finish": answer.finish}
     return said
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import VARIANTS, write_base
 from metier.errors import ConfigError, ModelError
-from metier.models import attention, head, load, lora
+from metier.models import attention, head, load, lora, tensors
 from metier.models.attention import Cache, Prefix, Rows, Scoring, Step
 
 CPU = torch.device("cpu")
@@ -224,17 +224,17 @@ def test_adapters_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, damage
     lora.attach(model, rank=4, alpha=8, targets=["q_proj"], seed=0)
     lora.save(model, tmp_path, base=str(tiny))
     weights, facts = tmp_path / lora.WEIGHTS, json.loads((tmp_path / lora.SETTINGS).read_text())
-    tensors = lora.read_tensors(weights)
-    first = next(iter(tensors))
+    found = tensors.read(weights)
+    first = next(iter(found))
     if damage == "missing":
-        del tensors[first]
+        del found[first]
     elif damage == "extra":
-        tensors["stranger"] = torch.zeros(1)
+        found["stranger"] = torch.zeros(1)
     elif damage == "shape":
-        tensors[first] = tensors[first][:, :-1]
+        found[first] = found[first][:, :-1]
     elif damage == "nan":
-        tensors[first][0, 0] = torch.nan
-    weights.write_bytes(lora.tensors_bytes(tensors))
+        found[first][0, 0] = torch.nan
+    weights.write_bytes(b"".join(tensors.pieces(found)))
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-9])
     elif damage == "bin-only":

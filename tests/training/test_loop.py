@@ -76,22 +76,22 @@ def test_memorises_a_few_rows(tiny: Path) -> None:
 
 
 def test_adamw_by_hand() -> None:
-    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     flat = loop.Flat([parameter])
     flat.grad_N.copy_(torch.tensor([0.5, 0.0]))
     flat.update(1, rate=0.1, weight_decay=0.2)
     # step 1: the bias-corrected quotient is sign(g); 1·(1 − .1·.2) − .1 = .88, and −2·.98 = −1.96
-    assert parameter.detach().tolist() == pytest.approx([0.88, -1.96], abs=1e-6)
+    assert parameter.detach()[0].tolist() == pytest.approx([0.88, -1.96], abs=1e-6)
 
 
 def test_adamw_equals_torchs() -> None:
-    ours, theirs = (torch.nn.Parameter(torch.tensor([0.3, -1.0, 2.0])) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(torch.tensor([[0.3, -1.0, 2.0]])) for _ in range(2))
     flat = loop.Flat([ours])
     oracle = torch.optim.AdamW([theirs], lr=0.05, betas=(loop.BETA1, loop.BETA2), eps=loop.EPSILON, weight_decay=0.1)
     for step in range(1, 20):
         grad = torch.sin(torch.arange(3.0) * step)
         flat.grad_N.copy_(grad)
-        theirs.grad = grad.clone()
+        theirs.grad = grad[None].clone()
         flat.update(step, 0.05, 0.1)
         oracle.step()
     torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-6)

@@ -7,7 +7,6 @@ counts as one opening.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ from metier.config import Loaded
 from metier.cost import Rates
 from metier.errors import RunError
 from metier.evaluate import metrics, systems
-from metier.models import generate, load, lora
+from metier.models import generate, load
 from metier.models.generate import Decoding, Generated
 from metier.models.schema import Grammar
+from metier.models.tuned import Pair
 from metier.records import Case, Completion, Score
 from metier.runs import Run
 from metier.text.chat import Renderer
@@ -45,8 +45,7 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
     dtype = machine.dtype(spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     renderer = Renderer(base.folder)
-    model = load.model(base, dtype=dtype, device=device)
-    lora.load(model, trained / "adapter")
+    pair = Pair(base, trained, dtype=dtype, device=device)
     decoding = Decoding(spec.prove.max_new_tokens, spec.prove.temperature, spec.prove.top_p, spec.seed)
 
     grammar = constraint(loaded, task, renderer)
@@ -60,8 +59,7 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
             prompts = [renderer.prompt(asks[arm](case)) for case in cases]
             shared[arm] = generate.common_prefix(prompts)
             skip = frozenset(i for i, case in enumerate(cases) if (case.id, arm) in done)
-            tuned = arm == "tuned"
-            for batch in answers(model, prompts, renderer, decoding, tuned=tuned, grammar=grammar, skip=skip):
+            for batch in answers(pair, prompts, renderer, decoding, tuned=arm == "tuned", grammar=grammar, skip=skip):
                 fresh = [(i, g) for i, g in batch if (cases[i].id, arm) not in done]
                 found = [_completion(cases[i], arm, prompts[i], g, renderer) for i, g in fresh]
                 _append(work / OUTPUTS, found)
@@ -72,7 +70,7 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
 
 
 def answers(
-    model: PreTrainedModel,
+    pair: Pair,
     prompts: Sequence[np.ndarray],
     renderer: Renderer,
     decoding: Decoding,
@@ -81,8 +79,8 @@ def answers(
     grammar: Grammar | None = None,
     skip: frozenset[int] = frozenset(),
 ) -> Iterator[list[tuple[int, Generated]]]:
-    """Batches of (index, answer) from the tuned model or, with its adapter switched off, from the base."""
-    with contextlib.nullcontext() if tuned else lora.disabled(model):
+    """Batches of (index, answer) from the tuned model, or from the base."""
+    with pair.model(tuned=tuned) as model:
         yield from generate.generate(model, prompts, renderer.stop_ids, decoding, grammar=grammar, skip=skip)
 
 

@@ -3,7 +3,8 @@
 The model code of `transformers` runs a layer as some forty operations, most of them passes over memory between the
 matrix products. A `Block` computes the same numbers with fewer: norm, query, key, value and rotation are one function,
 output and residual another, the feed-forward half a third. Frozen weights that read the same input lie side by side,
-once, for both directions, and their adapters' A matrices are one product. A layer with other parts runs as it came.
+once, for both directions, and their adapters' A matrices are one product. Weights may be trained themselves. A layer
+with other parts runs as it came, and so does one whose adapters are DoRA, or drop inputs in this step.
 
 Shape legend: T tokens, D hidden size, I inputs, O outputs (of all joined layers), F feed-forward size, R rank (of all
 joined adapters), N rotated heads, E half of a head.
@@ -46,6 +47,7 @@ class Block(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
+        self.as_it_came = layer.forward
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.scoring = _scoring(layer.self_attn)
@@ -53,8 +55,11 @@ class Block(nn.Module):
         _lay_side_by_side(self._gate_up())
 
     def forward(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Any, **_: Any
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], layout: Any, **rest: Any
     ) -> Tensor:
+        if not all(_joins(linear) for linear in self._linears()):
+            out: Tensor = self.as_it_came(hidden_states, position_embeddings=position_embeddings, layout=layout, **rest)
+            return out
         h_TD = hidden_states[0]
         h_TD = self._attention(h_TD, position_embeddings, layout)
         return self._feed_forward(h_TD)[None]
@@ -64,6 +69,9 @@ class Block(nn.Module):
 
     def _gate_up(self) -> list[Linear]:
         return [self.mlp.gate_proj, self.mlp.up_proj]
+
+    def _linears(self) -> list[Linear]:
+        return [*self._inputs(), self.self_attn.o_proj, *self._gate_up(), self.mlp.down_proj]
 
     def _attention(self, h_TD: Tensor, rotary: tuple[Tensor, Tensor], layout: Any) -> Tensor:
         attn, norm = self.self_attn, self.input_layernorm
@@ -78,7 +86,7 @@ class Block(nn.Module):
             norm.variance_epsilon,
             joined,
             None if normed else (cos_TE, sin_TE, queries_keys),
-            *joined.adapters,
+            *joined.trained,
         )
         y_TND = y_TO.view(y_TO.shape[0], -1, attn.head_dim)
         q, k, v = y_TND.split(heads, dim=1)
@@ -86,12 +94,12 @@ class Block(nn.Module):
             q, k = (_Rotation.apply(n(t), cos_TE, sin_TE) for n, t in ((attn.q_norm, q), (attn.k_norm, k)))
         out_THD = layout.attend(attn.layer_idx, q, k, v, self.scoring)
         output = join([attn.o_proj])
-        return _LinearAdd.apply(out_THD.reshape(h_TD.shape[0], -1), h_TD, output, *output.adapters)  # type: ignore[no-any-return]
+        return _LinearAdd.apply(out_THD.reshape(h_TD.shape[0], -1), h_TD, output, *output.trained)  # type: ignore[no-any-return]
 
     def _feed_forward(self, h_TD: Tensor) -> Tensor:
         norm, gate_up, down = self.post_attention_layernorm, join(self._gate_up()), join([self.mlp.down_proj])
         return _FeedForward.apply(  # type: ignore[no-any-return]
-            h_TD, norm.weight, norm.variance_epsilon, gate_up, down, *gate_up.adapters, *down.adapters
+            h_TD, norm.weight, norm.variance_epsilon, gate_up, down, *gate_up.trained, *down.trained
         )
 
 
@@ -108,30 +116,47 @@ class Joined:
     """Linear layers that read the same input, as one.
 
     `parts` names, for each adapted layer, its output columns and its scale; `adapters` are its A (R, I) and B (O, R).
+    `whole` are the weights and biases that are trained themselves, with their output columns.
     """
 
     weight_OI: Tensor
     bias_O: Tensor | None
     parts: tuple[tuple[slice, float], ...]
     adapters: tuple[Tensor, ...]
+    whole: tuple[tuple[slice, Tensor], ...]
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return (*self.adapters, *(tensor for _, tensor in self.whole))
+
+
+def _joins(linear: Linear) -> bool:
+    """Whether a layer's output is a product and its low-rank update, and nothing else."""
+    if not isinstance(linear, LoraLinear) or not linear.enabled:
+        return True
+    return linear.magnitude is None and linear.seed is None
 
 
 def join(linears: Sequence[Linear]) -> Joined:
     """Layers whose weights lie side by side as one layer."""
     weights = [linear.weight for linear in linears]
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    biases: list[Tensor] = [linear.bias.detach() for linear in linears if linear.bias is not None]
     parts: list[tuple[slice, float]] = []
     adapters: list[Tensor] = []
+    whole: list[tuple[slice, Tensor]] = []
     at = 0
     for linear, weight in zip(linears, weights, strict=True):
+        columns = slice(at, at + weight.shape[0])
         if isinstance(linear, LoraLinear) and linear.enabled:
-            parts.append((slice(at, at + weight.shape[0]), linear.scale))
+            parts.append((columns, linear.lora.scale))
             adapters += [linear.lora_A, linear.lora_B]
-        at += weight.shape[0]
-    return Joined(_whole(weights), torch.cat(biases) if biases else None, tuple(parts), tuple(adapters))
+        whole += [(columns, t) for t in (linear.weight, linear.bias) if t is not None and t.requires_grad]
+        at = columns.stop
+    bias_O = torch.cat(biases) if biases else None
+    return Joined(_side_by_side(weights), bias_O, tuple(parts), tuple(adapters), tuple(whole))
 
 
-def _whole(weights: Sequence[Tensor]) -> Tensor:
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     """The weights as one (O, I): where they lie side by side, that memory itself; else a copy."""
     first = weights[0].detach()
     rows = [0, *accumulate(w.shape[0] for w in weights)]
@@ -168,10 +193,11 @@ def _product(x_TI: Tensor, joined: Joined, add_TO: Tensor | None = None) -> tupl
 def _product_backward(
     dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, joined: Joined, *, input_gradient: bool = True
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient of x, and those of each A and B in float32."""
+    """The gradient of x, and those of each A and B in float32 and of what is trained whole."""
     dx_TI = dy_TO @ joined.weight_OI if input_gradient else None
+    whole = [dy_TO[:, c].sum(0) if t.dim() == 1 else dy_TO[:, c].t() @ x_TI for c, t in joined.whole]
     if not joined.parts:
-        return dx_TI, []
+        return dx_TI, whole
     a_RI, bs = _low_rank(joined, x_TI.dtype)
     dxa_TR = torch.empty_like(xa_TR)
     gradients: list[Tensor] = []
@@ -186,7 +212,7 @@ def _product_backward(
     gradients[::2] = da_RI.split([b.shape[1] for b in bs])
     if dx_TI is not None:
         dx_TI.addmm_(dxa_TR, a_RI)
-    return dx_TI, gradients
+    return dx_TI, gradients + whole
 
 
 def _low_rank(joined: Joined, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -208,6 +234,11 @@ def _norm_backward(dx_TD: Tensor, h_TD: Tensor, inverse_T1: Tensor, weight_D: Te
     g_TD = (dx_TD * weight_D).float()
     mean_T1 = torch.bmm(g_TD[:, None], unit_TD[:, :, None])[:, :, 0].div_(-h_TD.shape[-1])
     return g_TD.addcmul_(unit_TD, mean_T1).mul_(inverse_T1).to(h_TD.dtype)
+
+
+def _norm_weight_backward(dx_TD: Tensor, h_TD: Tensor, inverse_T1: Tensor, weight_D: Tensor) -> Tensor:
+    """The gradient of w: dx · ĥ, summed over tokens in float32."""
+    return _scaled(h_TD, inverse_T1).mul_(dx_TD).sum(0).to(weight_D.dtype)
 
 
 def _scaled(h_TD: Tensor, inverse_T1: Tensor) -> Tensor:
@@ -256,10 +287,11 @@ class _NormLinear(torch.autograd.Function):
         if ctx.rotation is not None:
             cos, sin, heads = ctx.rotation
             _rotate(_halves(dy_TO, heads, cos.shape[-1]), cos, -sin)
-        need = ctx.needs_input_grad[0]
-        dx_TD, gradients = _product_backward(dy_TO, x_TD, xa_TR, ctx.joined, input_gradient=need)
-        dh_TD = None if dx_TD is None else _norm_backward(dx_TD, h_TD, inverse_T1, norm_D)
-        return dh_TD, None, None, None, None, *gradients
+        need_h, need_norm = ctx.needs_input_grad[:2]
+        dx_TD, gradients = _product_backward(dy_TO, x_TD, xa_TR, ctx.joined, input_gradient=need_h or need_norm)
+        dnorm_D = _norm_weight_backward(dx_TD, h_TD, inverse_T1, norm_D) if dx_TD is not None and need_norm else None
+        dh_TD = _norm_backward(dx_TD, h_TD, inverse_T1, norm_D) if dx_TD is not None and need_h else None
+        return dh_TD, dnorm_D, None, None, None, *gradients
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -312,10 +344,11 @@ class _FeedForward(torch.autograd.Function):
         dgate_TF, dup_TF = dgate_up_TO.chunk(2, dim=1)
         torch.mul(dact_TF, silu_TF, out=dup_TF)
         torch.ops.aten.silu_backward(dact_TF.mul_(up_TF), gate_TF, grad_input=dgate_TF)
-        need = ctx.needs_input_grad[0]
-        dx_TD, gradients = _product_backward(dgate_up_TO, x_TD, xa_TR, ctx.gate_up, input_gradient=need)
-        dh_TD = None if dx_TD is None else _norm_backward(dx_TD, h_TD, inverse_T1, norm_D).add_(dy_TD)
-        return dh_TD, None, None, None, None, *gradients, *down_gradients
+        need_h, need_norm = ctx.needs_input_grad[:2]
+        dx_TD, gradients = _product_backward(dgate_up_TO, x_TD, xa_TR, ctx.gate_up, input_gradient=need_h or need_norm)
+        dnorm_D = _norm_weight_backward(dx_TD, h_TD, inverse_T1, norm_D) if dx_TD is not None and need_norm else None
+        dh_TD = _norm_backward(dx_TD, h_TD, inverse_T1, norm_D).add_(dy_TD) if dx_TD is not None and need_h else None
+        return dh_TD, dnorm_D, None, None, None, *gradients, *down_gradients
 
 
 class _Rotation(torch.autograd.Function):

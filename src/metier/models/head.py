@@ -1,8 +1,9 @@
 """The output head on chosen positions only, and its cross-entropy in chunks.
 
 Logits of a 50k vocabulary are the largest tensor of a step; they are made for the K supervised rows alone, a chunk at
-a time, turned into the gradient in place, and forgotten. Some models cap their logits, softcap · tanh(logit / softcap)
-(Gemma Team 2024, "Gemma 2", §2).
+a time, turned into the gradient in place, and forgotten. Where the head itself is trained, they are made once more for
+its gradient, which needs the loss's slope. Some models cap their logits, softcap · tanh(logit / softcap) (Gemma Team
+2024, "Gemma 2", §2).
 
 Shape legend: K supervised positions, D hidden size, V vocabulary.
 """
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 CHUNK = 256
+WIDE = 1024
 BLOCK = 16
 GRAIN = 32
 
@@ -32,8 +34,9 @@ def logits(model: PreTrainedModel, hidden_KD: Tensor) -> Tensor:
 
 
 def logprobs(hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor, *, softcap: float | None) -> Tensor:
-    """(K,) float32 natural-log probabilities of the targets; differentiable in `hidden_KD` only."""
-    logprob_K: Tensor = _TargetLogprobs.apply(hidden_KD, weight_VD, target_K, softcap)
+    """(K,) float32 natural-log probabilities of the targets; differentiable in `hidden_KD`, and in a trained head."""
+    kind = _TrainedTargetLogprobs if weight_VD.requires_grad and torch.is_grad_enabled() else _TargetLogprobs
+    logprob_K: Tensor = kind.apply(hidden_KD, weight_VD, target_K, softcap)
     return logprob_K
 
 
@@ -85,6 +88,40 @@ def _soften(logits: Tensor, target_K: Tensor, softcap: float | None) -> Tensor:
         rows.copy_(block if bend is None else block.mul_(bend))
     logits[len(target_K) :] = 0
     return torch.cat(logprobs)
+
+
+class _TrainedTargetLogprobs(torch.autograd.Function):
+    """The head as a trained weight: its gradient is summed over chunks in float32, and rounded once.
+
+    Chunks are wide, because each brings a whole (V, D) product.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, target_K: Tensor, softcap: float | None
+    ) -> Tensor:
+        logprob_K = hidden_KD.new_empty(len(target_K), dtype=torch.float32)
+        for at in range(0, len(target_K), WIDE):
+            chunk = slice(at, at + WIDE)
+            logprob_K[chunk] = _soften(F.linear(_filled(hidden_KD[chunk]), weight_VD), target_K[chunk], softcap)
+        ctx.save_for_backward(hidden_KD, weight_VD, target_K)
+        ctx.softcap = softcap
+        return logprob_K
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_KD, weight_VD, target_K = ctx.saved_tensors
+        dhidden_KD = torch.empty_like(hidden_KD)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for at in range(0, len(target_K), WIDE):
+            chunk = slice(at, at + WIDE)
+            states = _filled(hidden_KD[chunk])
+            slope = F.linear(states, weight_VD)
+            _soften(slope, target_K[chunk], ctx.softcap)
+            slope.mul_(-_filled(grad_K[chunk, None]))
+            dhidden_KD[chunk] = (slope @ weight_VD)[: len(target_K[chunk])]
+            dweight_VD += slope.t() @ states
+        return dhidden_KD, dweight_VD.to(weight_VD.dtype), None, None
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

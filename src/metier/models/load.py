@@ -319,7 +319,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _hold_memory(base: Base, size: int) -> None:
-    free = _available_memory()
+    free = available_memory()
     if size > free:
         raise ResourceError(
             f"the base needs about {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
@@ -328,7 +328,8 @@ def _hold_memory(base: Base, size: int) -> None:
         )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes of main memory that are free."""
     import psutil
 
     return int(psutil.virtual_memory().available)

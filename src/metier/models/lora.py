@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from metier import runs
 from metier.errors import ConfigError, ModelError, nearest
-from metier.models.linear import LoraLinear
+from metier.models import tensors, whole
+from metier.models.linear import Lora, LoraLinear
 
 PREFIX = "base_model.model."
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
-def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> list[str]:
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str],
+    seed: int,
+    rslora: bool = False,
+    dora: bool = False,
+    dropout: float = 0.0,
+) -> list[str]:
     """Puts a fresh adapter on the chosen linear layers of a frozen model; returns their full names in order.
 
-    `targets` is `all-linear` (every linear layer but the head) or names such as `q_proj`. Each A is drawn from a
-    generator of its own, so that its values depend on the seed and the layer's place alone.
+    `targets` is `all-linear` (every linear layer but the head) or names such as `q_proj`, or longer ends of full names.
+    Each A is drawn from a generator of its own, so that its values depend on the seed and the layer's place alone.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
     known = {n.rsplit(".", 1)[-1] for n in linears}
     wanted = known if targets == "all-linear" else set(targets)
-    if unknown := sorted(wanted - known):
+    if unknown := sorted(w for w in wanted if not any(f".{n}".endswith(f".{w}") for n in linears)):
+        head = "train the head whole: modules_to_save: [lm_head]" if unknown[0] == "lm_head" else ""
         raise ConfigError(
-            f"no linear layer is called {unknown[0]}", where="train.targets", fix=nearest(unknown[0], known)
+            f"no linear layer is called {unknown[0]}", where="train.targets", fix=head or nearest(unknown[0], known)
         )
-    chosen = [n for n in linears if n.rsplit(".", 1)[-1] in wanted]
+    chosen = [n for n in linears if any(f".{n}".endswith(f".{w}") for w in wanted)]
     smallest = min(min(linears[n].weight.shape) for n in chosen)
     if rank > smallest:
         raise ConfigError(
@@ -42,10 +53,11 @@ def attach(model: nn.Module, *, rank: int, alpha: float, targets: str | Sequence
             where="train.rank",
             fix=f"use at most {smallest}",
         )
+    lora = Lora(rank, alpha, rslora, dora, dropout)
     for place, name in enumerate(chosen):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(linears[name], rank, alpha, generator))
+        setattr(model.get_submodule(parent), child, LoraLinear(linears[name], lora, generator))
     return chosen
 
 
@@ -55,39 +67,63 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapter's trainable tensors, A before B, in the model's order."""
-    return [p for layer in adapted(model).values() for p in (layer.lora_A, layer.lora_B)]
+    """The adapter's trainable tensors in the order of `state`, a tied one once."""
+    return list({id(p): p for p in _named(model).values()}.values())
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model, inside the block: every adapter is switched off."""
-    layers = adapted(model).values()
-    for layer in layers:
-        layer.enabled = False
+    _switch(model, on=False)
+    try:
+        yield
+    finally:
+        _switch(model, on=True)
+
+
+def _switch(model: nn.Module, *, on: bool) -> None:
+    for layer in adapted(model).values():
+        layer.enabled = on
+    for weight in {id(w): w for w in whole.attached(model).values()}.values():
+        weight.switch()
+
+
+@contextlib.contextmanager
+def dropping(model: nn.Module, *key: int) -> Iterator[None]:
+    """Inside the block adapters with dropout drop; each layer's mask is a function of `key` and its place alone."""
+    layers = [layer for layer in adapted(model).values() if layer.lora.dropout]
+    for place, layer in enumerate(layers):
+        digest = hashlib.sha256(f"dropout:{':'.join(map(str, key))}:{place}".encode()).digest()
+        layer.seed = int.from_bytes(digest[:8], "big") >> 1
     try:
         yield
     finally:
         for layer in layers:
-            layer.enabled = True
+            layer.seed = None
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names."""
-    return {
-        f"{PREFIX}{name}.lora_{side}.weight": getattr(layer, f"lora_{side}").detach()
-        for name, layer in adapted(model).items()
-        for side in "AB"
-    }
+    return {name: parameter.detach() for name, parameter in _named(model).items()}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable tensors under PEFT's names: layer by layer A, B and magnitude, then modules trained whole."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in adapted(model).items():
+        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.magnitude is not None:
+            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
+    return found | {f"{PREFIX}{name}": weight for name, weight in whole.attached(model).items()}
 
 
 def save(model: nn.Module, folder: Path, *, base: str) -> None:
     """Writes the adapter in PEFT's layout; the same adapter gives the same bytes."""
     layers = adapted(model)
-    first = next(iter(layers.values()))
-    rank = first.lora_A.shape[0]
+    lora = next(iter(layers.values())).lora
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write(folder / WEIGHTS, tensors_bytes(state(model)))
+    runs.write(folder / WEIGHTS, tensors.pieces(state(model)))
     settings: dict[str, Any] = {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -96,26 +132,37 @@ def save(model: nn.Module, folder: Path, *, base: str) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": first.scale * rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": whole.names(model) or None,
         "peft_type": "LORA",
-        "r": rank,
+        "r": lora.rank,
         "rank_pattern": {},
         "target_modules": sorted({n.rsplit(".", 1)[-1] for n in layers}),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": lora.dora,
+        "use_rslora": lora.rslora,
     }
     runs.write_json(folder / SETTINGS, settings)
 
 
-def load(model: nn.Module, folder: Path) -> None:
+def load(model: PreTrainedModel, folder: Path) -> None:
     """Attaches a saved adapter to its base; every tensor must be expected, present, finite and of the right shape."""
     settings = _settings(folder)
-    attach(model, rank=settings["r"], alpha=settings["lora_alpha"], targets=settings["target_modules"], seed=0)
+    attach(
+        model,
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        rslora=settings.get("use_rslora", False),
+        dora=settings.get("use_dora", False),
+        dropout=settings.get("lora_dropout", 0.0),
+        targets=settings["target_modules"],
+        seed=0,
+    )
+    found = tensors.read(folder / WEIGHTS)
+    if settings.get("modules_to_save"):
+        whole.attach(model, settings["modules_to_save"], apart=_untied(model, found))
     expected = state(model)
-    found = read_tensors(folder / WEIGHTS)
     if strange := sorted(found.keys() ^ expected.keys()):
         raise ModelError(
             f"the adapter does not fit this base: {strange[0]} is on one side only ({len(strange)} such)",
@@ -134,32 +181,13 @@ def load(model: nn.Module, folder: Path) -> None:
         expected[name].copy_(tensor)
 
 
-def tensors_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file as bytes, tensors in name order, float32, with a canonical header: no map order leaks in."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    payload = []
-    at = 0
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name].detach().to("cpu", torch.float32).numpy())
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
-        payload.append(array.tobytes())
-        at += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *payload])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; anything else is refused by name."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        other = next((p.name for p in path.parent.glob("adapter_model.*")), None)
-        what = f"only {other}, an unsafe format" if other else f"no {path.name}"
-        raise ModelError(what, where=str(path.parent), fix="save it as safetensors") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"not a safetensors file: {error}", where=str(path), fix="fetch or make it again") from error
+def _untied(model: nn.Module, found: dict[str, Tensor]) -> bool:
+    """Whether the saved values of weights that the base ties have parted: PEFT trains each of them on its own."""
+    for group in whole.tied(model):
+        saved = [found[PREFIX + name] for name in group if PREFIX + name in found]
+        if saved and (len(saved) < len(group) or not all(torch.equal(saved[0], other) for other in saved[1:])):
+            return True
+    return False
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -167,9 +195,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = runs.read_json(path)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     sound = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float)) and 0 < alpha < 1e9
-    if not sound or settings.get("peft_type") != "LORA" or not settings.get("target_modules"):
+    targets = settings.get("target_modules")
+    sound = sound and (targets == "all-linear" or (isinstance(targets, list) and targets != []))
+    if not sound or settings.get("peft_type") != "LORA":
         raise ModelError("not the settings of a LoRA adapter", where=str(path), fix="use an adapter in PEFT's layout")
-    for key, plain in (("use_dora", False), ("use_rslora", False), ("rank_pattern", {}), ("alpha_pattern", {})):
+    for key, plain in (("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {})):
         if settings.get(key, plain) not in (plain, None):
-            raise ModelError(f"{key} is not supported", where=str(path), fix="use a plain LoRA adapter")
+            raise ModelError(f"{key} is not supported", where=str(path), fix="use an adapter without it")
     return dict(settings)

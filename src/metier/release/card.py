@@ -20,22 +20,29 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
     data = runs.read_json(run.act("build") / "dataset.json")
     plan = runs.read_json(run.act("train") / "plan.json")
     parts = [
-        "---\n" + yaml.safe_dump(_front_matter(loaded, base, verdict), sort_keys=False, allow_unicode=True) + "---",
+        "---\n"
+        + yaml.safe_dump(_front_matter(loaded, base, verdict, _stage(run)), sort_keys=False, allow_unicode=True)
+        + "---",
         f"# {spec.name}",
         _proved(verdict),
         "\n".join(f"- {line}" for line in gate.headline(verdict)),
         "## What it does\n\n" + spec.task.instruction,
         "## Measured on the sealed test set\n\n" + _arms(verdict),
         "## Claims\n\n" + _claims(verdict),
-        "## Training\n\n" + _training(run.manifest("train") or {}, base, data, plan),
+        "## Training\n\n" + _training(run, base, data, plan),
         "## Data\n\n" + _data(loaded, data),
         "## Limits\n\n" + _limits(verdict, loaded.spec.prove.constrained),
-        "## Use\n\n" + _use(base),
+        "## Use\n\n" + _use(base, full=_stage(run).tune == "full"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[str, Any]:
+def _stage(run: Run) -> Stage:
+    """The training as it was done."""
+    return Stage.model_validate((run.manifest("train") or {})["settings"]["train"][0])
+
+
+def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any], stage: Stage) -> dict[str, Any]:
     tuned = verdict["arms"]["tuned"]
     metrics = [
         {"type": "accuracy", "name": name, "value": round(tuned[name], 4)}
@@ -47,9 +54,9 @@ def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any]) -> dict[s
     return {
         "base_model": base.source.split(",")[0],
         "license": loaded.spec.ship.license,
-        "library_name": "peft",
+        "library_name": "transformers" if stage.tune == "full" else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["metier", "lora"],
+        "tags": ["metier"] if stage.tune == "full" else ["metier", "lora"],
         "model-index": [{"name": loaded.spec.name, "results": [{"task": task, "dataset": data, "metrics": metrics}]}],
     }
 
@@ -87,13 +94,13 @@ def _estimate(claim: dict[str, Any]) -> str:
     )
 
 
-def _training(trained: dict[str, Any], base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
-    settings = trained["settings"]
-    stage = Stage.model_validate(settings["train"][0])
+def _training(run: Run, base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
+    settings = (run.manifest("train") or {})["settings"]
+    stage = _stage(run)
     split = data["splits"]["train"]
     return (
-        f"LoRA, rank {stage.rank}, alpha {stage.alpha:g}, on {_targets(stage.targets)} of {base.source} "
-        f"(weights sha256 `{base.sha256}`). {split['rows']:,} rows, {split['supervised_tokens']:,} supervised tokens, "
+        f"{_tuning(stage)} of {base.source} (weights sha256 `{base.sha256}`). "
+        f"{split['rows']:,} rows, {split['supervised_tokens']:,} supervised tokens, "
         f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
         f"{plan['dtype']}, seed {settings['seed']}. {plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
@@ -101,8 +108,16 @@ def _training(trained: dict[str, Any], base: Base, data: dict[str, Any], plan: d
     )
 
 
-def _targets(targets: str | tuple[str, ...]) -> str:
-    return "all linear layers" if targets == "all-linear" else ", ".join(targets)
+def _tuning(stage: Stage) -> str:
+    """`LoRA, rank 16, alpha 32, on all linear layers`, or that every weight was trained."""
+    if stage.tune == "full":
+        return "Full fine-tuning: every weight"
+    name = " with DoRA" if stage.dora else ""
+    scale = " over the root of the rank" if stage.rslora else ""
+    dropout = f", dropout {stage.dropout:g}" if stage.dropout else ""
+    places = "all linear layers" if stage.targets == "all-linear" else ", ".join(stage.targets)
+    whole = f", and {', '.join(stage.modules_to_save)} trained whole" if stage.modules_to_save else ""
+    return f"LoRA{name}, rank {stage.rank}, alpha {stage.alpha:g}{scale}{dropout}, on {places}{whole}"
 
 
 def _data(loaded: Loaded, data: dict[str, Any]) -> str:
@@ -118,7 +133,7 @@ def _data(loaded: Loaded, data: dict[str, Any]) -> str:
 def _limits(verdict: dict[str, Any], constrained: bool) -> str:
     smallest = [c["smallest_detectable"] for c in verdict["claims"] if c.get("smallest_detectable")]
     lines = [
-        "- One training run with one seed: the claims are about this adapter, not about the recipe.",
+        "- One training run with one seed: the claims are about these weights, not about the recipe.",
         *(
             ["- Answers were written under the task's JSON Schema; decode under it too, or some will not be valid."]
             if constrained
@@ -131,7 +146,9 @@ def _limits(verdict: dict[str, Any], constrained: bool) -> str:
     return "\n".join(lines)
 
 
-def _use(base: Base) -> str:
+def _use(base: Base, *, full: bool) -> str:
+    if full:
+        return "The model is a folder of safetensors with its tokenizer and chat template, for any tool that reads one."
     return (
         f"The adapter is in PEFT's layout, for the base {base.source}. Load it with any tool that reads PEFT adapters, "
         "with the tokenizer and chat template beside it."

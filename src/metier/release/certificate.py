@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metier import runs
-from metier.models import head, load, lora
+from metier.models import head, load, tuned
 from metier.models.attention import Rows, hidden_states
 from metier.text.chat import Renderer
 
 LOGITS_TOLERANCE = 1e-3
 
 
-def adapter_checks(base: load.Base, proved: Path, shipped: Path, prompts: Sequence[Any]) -> list[dict[str, Any]]:
-    """The shipped adapter folder against the proved one, on real prompts, in float32 on the CPU."""
+def checks(base: load.Base, proved: Path, shipped: Path, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """The shipped folder, an adapter or a model, against the proved one, on real prompts, in float32 on the CPU."""
     own, theirs = Renderer(base.folder), Renderer(shipped)
     ids = [own.prompt(p) for p in prompts]
     unlike = sum(not np.array_equal(i, theirs.prompt(p)) for i, p in zip(ids, prompts, strict=True))
@@ -33,11 +33,11 @@ def adapter_checks(base: load.Base, proved: Path, shipped: Path, prompts: Sequen
         _check("stop", int(own.stop_ids != theirs.stop_ids), 0, "stop tokens differ"),
         _check("logits", float((before - after).abs().max()), LOGITS_TOLERANCE, "largest logit difference, reloaded"),
         {
-            "name": "adapter-acts",
+            "name": f"{shipped.name}-acts",
             "value": float((after - bare).abs().max()),
             "tolerance": LOGITS_TOLERANCE,
             "pass": bool((after - bare).abs().max() > LOGITS_TOLERANCE),
-            "what": "largest logit difference from the base: must be over the tolerance, or the adapter does nothing",
+            "what": "largest logit difference from the base: must be over the tolerance, or training did nothing",
         },
     ]
 
@@ -58,12 +58,12 @@ def _check(name: str, value: float, tolerance: float, what: str) -> dict[str, An
     return {"name": name, "value": value, "tolerance": tolerance, "pass": value <= tolerance, "what": what}
 
 
-def _last_logits(base: load.Base, adapter: Path | None, prompts: Sequence[np.ndarray]) -> Tensor:
-    """(prompts, vocabulary) float32 logits behind each prompt."""
-    model = load.model(base, dtype=torch.float32, device=torch.device("cpu"))
-    if adapter is not None:
-        lora.load(model, adapter)
-    return last_logits(model, prompts)
+def _last_logits(base: load.Base, folder: Path | None, prompts: Sequence[np.ndarray]) -> Tensor:
+    """(prompts, vocabulary) float32 logits behind each prompt, of what a folder holds or of the base."""
+    cpu = torch.device("cpu")
+    if folder is None:
+        return last_logits(load.model(base, dtype=torch.float32, device=cpu), prompts)
+    return last_logits(tuned.load(base, folder, dtype=torch.float32, device=cpu), prompts)
 
 
 @torch.inference_mode()

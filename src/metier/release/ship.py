@@ -1,16 +1,15 @@
-"""The front of the ship act: the adapter, the card and the certificate."""
+"""The front of the ship act: what was trained, the card and the certificate."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metier import machine, records, runs
 from metier.config import Loaded
 from metier.errors import PolicyError
-from metier.models import load
+from metier.models import load, tuned
 from metier.release import card, certificate
 from metier.runs import Run
 
@@ -23,7 +22,8 @@ def ship(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
     data, proof = run.require("build"), run.require("prove")
     runs.write(work / "README.md", card.model_card(loaded, run, base))
-    artefacts = [_ARTEFACTS[kind](run, base, work) for kind in loaded.spec.ship.formats]
+    trained = tuned.folder(run.require("train"))
+    artefacts = [_copied(run, base, trained, work / name) for name in loaded.spec.ship.formats or (trained.name,)]
     seal = runs.read_json(data / "dataset.json")["seal"]
     made = certificate.certificate(base, seal, proof / "verdict.json", artefacts)
     _hold(made, work)
@@ -31,23 +31,20 @@ def ship(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     return {"pass": True, "artefacts": artefacts}
 
 
-def _adapter(run: Run, base: load.Base, work: Path) -> dict[str, Any]:
-    """The adapter folder, copied, read back and compared."""
-    proved, shipped = run.require("train") / "adapter", work / "adapter"
+def _copied(run: Run, base: load.Base, proved: Path, shipped: Path) -> dict[str, Any]:
+    """The trained folder, an adapter or a model, copied, read back and compared."""
     with runs.disk(shipped):
         shutil.rmtree(shipped, ignore_errors=True)
         shutil.copytree(proved, shipped)
-    runs.write(shipped / "README.md", (work / "README.md").read_bytes())
+    runs.write(shipped / "README.md", (shipped.parent / "README.md").read_bytes())
     prompts = [e.prompt for e in records.examples(run.act("build") / "valid.jsonl")[:PROMPTS]]
+    hashes = {path.name: runs.sha256(path) for path in sorted(shipped.glob("*.safetensors"))}
     return {
-        "path": "adapter",
-        "kind": "adapter",
-        "sha256": runs.sha256(shipped / "adapter_model.safetensors"),
-        "checks": certificate.adapter_checks(base, proved, shipped, prompts),
+        "path": shipped.name,
+        "kind": shipped.name,
+        "sha256": runs.digest(hashes) if len(hashes) > 1 else next(iter(hashes.values())),
+        "checks": certificate.checks(base, proved, shipped, prompts),
     }
-
-
-_ARTEFACTS: dict[str, Callable[[Run, load.Base, Path], dict[str, Any]]] = {"adapter": _adapter}
 
 
 def _hold(made: dict[str, Any], work: Path) -> None:

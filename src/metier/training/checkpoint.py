@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metier import runs
 from metier.errors import MetierError
-from metier.models import lora
+from metier.models import tensors as files
 from metier.progress import note
 
 KEEP = 2
@@ -26,8 +26,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[
     """Publishes `folder/step-<step>` by one rename, then drops all but the newest checkpoints."""
     target = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-{step:08d}"
-    payload = lora.tensors_bytes(dict(tensors))
-    with runs.disk(target, len(payload)):
+    payload = files.pieces(tensors)
+    with runs.disk(target, sum(len(piece) for piece in payload)):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -53,7 +53,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None
             facts = runs.read_json(path / FACTS)
             if runs.sha256(path / TENSORS) != facts["sha256"]:
                 raise OSError(f"{TENSORS} has another sha256 than it was written with")
-            return int(facts["step"]), lora.read_tensors(path / TENSORS), facts["facts"]
+            return int(facts["step"]), files.read(path / TENSORS), facts["facts"]
         except (MetierError, OSError, KeyError) as error:
             note(f"checkpoint {path.name} is damaged and not used: {str(error).splitlines()[0]}")
     return None

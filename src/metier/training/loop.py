@@ -3,7 +3,7 @@
 A step is a function of (weights, moments, step number) and (seed, settings, data). Losses come as a sum and a weight;
 the division happens once, here, over all micro-batches of the step.
 
-Shape legend: N numbers of the adapter, laid out in one flat buffer.
+Shape legend: N trained numbers, laid out in one flat buffer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metier.errors import NumericError
-from metier.models import head
+from metier.models import head, lora
 from metier.models.attention import Rows, hidden_states
 from metier.objectives import supervised
 from metier.records import Batch
@@ -27,6 +27,7 @@ from metier.text import batches
 from metier.text.batches import Row
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+PIECE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +66,61 @@ class StepResult:
 
 
 class Flat:
-    """The trainable parameters as one float32 buffer with its AdamW moments (Loshchilov & Hutter 2019, alg. 2)."""
+    """The trainable parameters as one float32 buffer with its AdamW moments (Loshchilov & Hutter 2019, alg. 2).
+
+    Float32 parameters become views of the buffer, and so do their gradients. A parameter in bf16 works on: it is
+    rounded from the buffer after each update, and its gradient is added to the buffer's after each micro-batch.
+    Matrices come first, because weight decay is theirs alone.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.value_N = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
+        self.matrices = sum(p.numel() for p in self.parameters if p.dim() >= 2)
+        self.value_N = torch.cat([p.detach().reshape(-1).float() for p in self.parameters])
         self.grad_N = torch.zeros_like(self.value_N)
         self.mean_N = torch.zeros_like(self.value_N)
         self.square_N = torch.zeros_like(self.value_N)
+        self.working: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         at = 0
         for parameter in self.parameters:
             end = at + parameter.numel()
-            parameter.data = self.value_N[at:end].view(parameter.shape)
-            parameter.grad = self.grad_N[at:end].view(parameter.shape)
+            value, grad = (whole_N[at:end].view(parameter.shape) for whole_N in (self.value_N, self.grad_N))
+            if parameter.dtype == torch.float32:
+                parameter.data, parameter.grad = value, grad
+            else:
+                self.working.append((parameter, value, grad))
             at = end
+
+    def gather(self) -> None:
+        """Adds the gradients of working parameters to the buffer, where micro-batches sum up in float32."""
+        for parameter, _, grad in self.working:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                rows = parameter.grad
+                grad.index_add_(0, rows._indices()[0], rows._values().float())
+            elif parameter.grad is not None:
+                grad.add_(parameter.grad)
+            parameter.grad = None
 
     def update(self, count: int, rate: float, weight_decay: float) -> None:
         """One AdamW update from the gradient buffer; `count` is the number of this update, from 1."""
-        self.mean_N.lerp_(self.grad_N, 1 - BETA1)
-        self.square_N.mul_(BETA2).addcmul_(self.grad_N, self.grad_N, value=1 - BETA2)
-        denominator = (self.square_N / (1 - BETA2**count)).sqrt_().add_(EPSILON)
         if weight_decay:
-            self.value_N.mul_(1 - rate * weight_decay)
-        self.value_N.addcdiv_(self.mean_N, denominator, value=-rate / (1 - BETA1**count))
+            self.value_N[: self.matrices].mul_(1 - rate * weight_decay)
+        buffers = (self.value_N, self.grad_N, self.mean_N, self.square_N)
+        for value, grad, mean, square in zip(*(b.split(PIECE) for b in buffers), strict=True):
+            mean.lerp_(grad, 1 - BETA1)
+            square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+            denominator = (square / (1 - BETA2**count)).sqrt_().add_(EPSILON)
+            value.addcdiv_(mean, denominator, value=-rate / (1 - BETA1**count))
+        self._round()
+
+    def _round(self) -> None:
+        for parameter, value, _ in self.working:
+            parameter.data.copy_(value)
+
+    def take(self, value_N: Tensor) -> None:
+        """Puts other numbers in place of the parameters."""
+        self.value_N.copy_(value_N)
+        self._round()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"value": self.value_N, "mean": self.mean_N, "square": self.square_N}
@@ -95,6 +128,7 @@ class Flat:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, buffer in self.tensors().items():
             buffer.copy_(tensors[name])
+        self._round()
 
 
 def steps(
@@ -108,9 +142,11 @@ def steps(
         weight = sum(int(b.target_K.size) for b in micro)
         flat.grad_N.zero_()
         total = 0.0
-        for batch in micro:
-            loss_sum, _ = supervised.cross_entropy(logprobs(model, batch))
-            (loss_sum / weight).backward()
+        for number, batch in enumerate(micro):
+            with lora.dropping(model, schedule.seed, step, number):
+                loss_sum, _ = supervised.cross_entropy(logprobs(model, batch))
+                (loss_sum / weight).backward()
+            flat.gather()
             total += float(loss_sum.detach())
         norm = float(flat.grad_N.norm())
         loss = total / weight

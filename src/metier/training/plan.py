@@ -1,7 +1,8 @@
 """What training will take on this machine, said before the first step; pure arithmetic over shapes and speeds.
 
 The operation counts are those of LoRA on frozen linear layers: 4 per weight and token (forward, and the gradient of
-the input), 6 per adapter weight, and the head on supervised tokens only.
+the input), 6 per adapter weight, and the head on supervised tokens only. A weight that is itself trained takes 6, and
+a trained head 8, because its logits are made twice.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Shape:
     linear_weights: int
     all_weights: int
     adapter_weights: int
+    whole_weights: int = 0
+    whole_linear_weights: int = 0
+    head_trained: bool = False
 
 
 def shape(model: PreTrainedModel, *, rank: int, targets: str | tuple[str, ...]) -> Shape:
@@ -96,9 +100,11 @@ def measured(plan: dict[str, Any], *, memory_gb: float, tokens_per_second: float
 
 
 def _flops_per_token(shape: Shape, load: Load) -> float:
-    head = 4 * shape.vocabulary * shape.hidden * load.supervised_tokens / load.computed_tokens
+    per_logit = 8 if shape.head_trained else 4
+    head = per_logit * shape.vocabulary * shape.hidden * load.supervised_tokens / load.computed_tokens
     attention = 6 * shape.layers * shape.heads * shape.head_dim * load.longest / 2
-    return 4 * shape.linear_weights + 6 * shape.adapter_weights + head + attention
+    trained = 6 * shape.adapter_weights + 2 * shape.whole_linear_weights
+    return 4 * shape.linear_weights + trained + head + attention
 
 
 def _token_budget(shape: Shape, load: Load, dtype: str, memory_gb: float) -> int:
@@ -109,9 +115,15 @@ def _token_budget(shape: Shape, load: Load, dtype: str, memory_gb: float) -> int
 
 
 def _memory_gb(shape: Shape, tokens: int, dtype: str) -> float:
-    """Weights, adapter with gradient and moments, and what one micro-batch keeps for its backward pass."""
+    """Weights, what is trained with gradient, moments and best values, and what a micro-batch keeps for going back.
+
+    A weight trained whole is its own master in float32; in bf16 it has one, and for a while a gradient in bf16. Beside
+    an adapter its frozen values are kept.
+    """
     size = _BYTES[dtype]
     weights = shape.all_weights * size + shape.adapter_weights * 4 * 5
+    weights += shape.whole_weights * (4 * 4 if dtype == "fp32" else 4 * 5 + size)
+    weights += shape.whole_weights * size if shape.adapter_weights else 0
     attention = shape.heads * shape.head_dim
     kept = 6 * shape.hidden + 4 * attention + 2 * shape.kv_heads * shape.head_dim + 5 * shape.intermediate
     head = min(tokens, 1024) * shape.vocabulary * 4 * 2

@@ -8,30 +8,31 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metier import config, machine, plots, progress, records, runs
 from metier.config import Loaded, Stage
 from metier.errors import DataError
-from metier.models import load, lora
+from metier.models import load, lora, tuned, whole
 from metier.progress import note
 from metier.runs import Run
 from metier.text import batches
 from metier.text.batches import Row
 from metier.text.chat import Renderer
 from metier.training import checkpoint, loop
-from metier.training.plan import Load, measured, plan, shape
+from metier.training.plan import Load, Shape, measured, plan, shape
 
 METRICS, REGISTERED = "metrics.jsonl", "registered.json"
 
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
-    """Trains the specialist's adapter into `work`; goes on where an interrupted training left it."""
+    """Trains the specialist into `work`; goes on where an interrupted training left it."""
     spec, stage = loaded.spec, loaded.spec.train[0]
     machine.prepare(spec.machine.threads)
     machine.forget_peak()
@@ -47,11 +48,9 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
 
     model = load.model(base, dtype=dtype, device=device)
     _hold_context([*rows, *valid], load.context(model), data)
-    targets = stage.targets if isinstance(stage.targets, str) else list(stage.targets)
-    lora.attach(model, rank=stage.rank, alpha=stage.alpha, targets=targets, seed=spec.seed)
-    flat = loop.Flat(lora.parameters(model))
+    flat = loop.Flat(set_free(model, stage, spec.seed))
     runs.need_space(work, 8 * flat.value_N.nbytes)
-    chosen = _plan(loaded, work, base, rows, prefix, dtype, device)
+    chosen = _plan(loaded, work, base, model, rows, prefix, dtype, device)
     schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
 
     if not (work / REGISTERED).is_file():
@@ -60,6 +59,24 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     _go_on(work, flat, log)
     _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
     return _finish(loaded, work, model, flat, chosen, log, base)
+
+
+def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Parameter]:
+    """Makes trainable what a stage trains: every weight, or a fresh adapter and the modules trained beside it."""
+    if stage.tune == "full":
+        return whole.everything(model)
+    lora.attach(
+        model,
+        rank=stage.rank,
+        alpha=stage.alpha,
+        rslora=stage.rslora,
+        dora=stage.dora,
+        dropout=stage.dropout,
+        targets=stage.targets,
+        seed=seed,
+    )
+    whole.attach(model, stage.modules_to_save)
+    return lora.parameters(model)
 
 
 def _steps(
@@ -181,12 +198,16 @@ def _finish(
     log: _Log,
     base: load.Base,
 ) -> dict[str, Any]:
-    """Writes the adapter (of the best validation, where there was one), the plot and the measured plan."""
+    """Writes what was trained (as the best validation had it, where there was one), the plot and the measured plan."""
     if log.best is not None:
-        flat.value_N.copy_(log.best)
-    adapter = work / "adapter"
-    lora.save(model, adapter, base=base.name)
-    copy_tokenizer(base.folder, adapter)
+        flat.take(log.best)
+    if loaded.spec.train[0].tune == "full":
+        made = work / tuned.MODEL
+        whole.save(model, made, base=base.folder)
+    else:
+        made = work / tuned.ADAPTER
+        lora.save(model, made, base=base.name)
+    copy_tokenizer(base.folder, made)
     done = measured(
         chosen,
         memory_gb=machine.peak_memory_gb(),
@@ -207,7 +228,7 @@ def _finish(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Puts the tokenizer and chat template that were used beside the adapter."""
+    """Puts the tokenizer and chat template that were used beside the trained weights."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         if (source / name).is_file():
             runs.write(target / name, (source / name).read_bytes())
@@ -259,6 +280,7 @@ def _plan(
     loaded: Loaded,
     work: Path,
     base: load.Base,
+    model: PreTrainedModel,
     rows: Sequence[Row],
     prefix: int,
     dtype: torch.dtype,
@@ -272,7 +294,7 @@ def _plan(
     real = sum(r.ids.size for r in rows)
     steps = math.ceil(len(rows) / stage.batch_size)
     made = plan(
-        shape(load.skeleton(base), rank=stage.rank, targets=stage.targets),
+        _counted(shape(load.skeleton(base), rank=stage.rank, targets=stage.targets), model),
         Load(
             computed_tokens=real - prefix * (len(rows) - steps),
             real_tokens=real,
@@ -286,12 +308,35 @@ def _plan(
         device=device.type,
         tokens=loaded.spec.machine.tokens,
     )
+    made["why"].append(_why(stage))
     runs.write_json(path, made)
     note(
         f"plan: {made['dtype']} on {device.type}, about {progress.clock(made['seconds']['predicted'])}, "
         f"{made['memory_gb']['predicted']:.1f} GB"
     )
     return made
+
+
+def _counted(sizes: Shape, model: PreTrainedModel) -> Shape:
+    """The sizes with what is trained, counted in the model itself."""
+    adapter = sum(p.numel() for layer in lora.adapted(model).values() for p in layer.parameters() if p.requires_grad)
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return replace(
+        sizes,
+        adapter_weights=adapter,
+        whole_weights=sum(p.numel() for p in model.parameters() if p.requires_grad) - adapter,
+        whole_linear_weights=sum(m.weight.numel() for m in linears if m.weight.requires_grad),
+        head_trained=bool(head.weight.requires_grad),
+    )
+
+
+def _why(stage: Stage) -> str:
+    """What is trained, and at which rate, in words."""
+    if stage.tune == "lora":
+        return f"learning rate {stage.learning_rate:g}, for an adapter"
+    default = ", a tenth of an adapter's default" if stage.learning_rate == config.FULL_RATE else ""
+    return f"learning rate {stage.learning_rate:g}, as every weight is trained{default}"
 
 
 def _json(path: Path) -> dict[str, Any]:
