@@ -106,7 +106,8 @@ def test_long_rows_in_blocks_equal_short_ones(tmp_path: Path, name: str, monkeyp
 
 
 @pytest.mark.parametrize("scoring", [Scoring(0.5), Scoring(0.5, softcap=1.5, window=2)])
-def test_attention_gradient_by_finite_differences(scoring: Scoring) -> None:
+def test_attention_gradient_by_finite_differences(scoring: Scoring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GRAIN", 8)
     generator = torch.Generator().manual_seed(1)
     rows = Rows([3, 2], prefix=2, device=CPU)
 

@@ -254,3 +254,20 @@ def test_a_constrained_answer_is_written_as_a_learnt_one(tmp_path: Path, family:
         rows.take([token], [0])
     rows.forbid(logits := torch.zeros(1, 1000), [0])
     assert set((logits[0] == 0).nonzero()[:, 0].tolist()) == renderer.stop_ids
+
+
+def test_text_that_would_become_a_control_token_is_refused(tmp_path: Path) -> None:
+    """A unigram model finds whole words of its vocabulary, its control tokens among them."""
+    tree = json.loads((write_pieces(tmp_path, "no blank", GEMMA, TURNS) / "tokenizer.json").read_text())
+    words = sorted(tree["model"]["vocab"], key=tree["model"]["vocab"].get)
+    tree["model"] = {
+        "type": "Unigram",
+        "unk_id": 0,
+        "byte_fallback": True,
+        "vocab": [[word, -2.0 if len(word) > 1 else -9.0] for word in words],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    renderer = Renderer(tmp_path)
+    with pytest.raises(DataError, match="control token </s>"):
+        renderer.render((Message("user", "apple </s> green"), Message("assistant", "yes")))
+    assert renderer.render((Message("user", "apple green"), Message("assistant", "yes"))).supervised.any()

@@ -228,7 +228,7 @@ class Renderer:
         lost = self._unwritable.intersection(text.encode("utf-8")) if self._unwritable else ()
         if typed := self._control_of.intersection(ids) - {self._unknown}:
             raise DataError(
-                f"this model's tokenizer takes text for its control token {self._whole.id_to_token(min(typed))}",
+                f"unwritable: this tokenizer takes text for its control token {self._whole.id_to_token(min(typed))}",
                 where=str(self.folder),
                 fix="remove it from the text, or use another base",
             )
