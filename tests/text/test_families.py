@@ -30,7 +30,7 @@ GEMMA3 = (
     "{% set ns.head = messages[0]['content'] + '\\n\\n' %}{% set ns.rest = messages[1:] %}{% endif %}"
     "{% for m in ns.rest %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\\n' + (ns.head if loop.first else '') + m['content'] | trim }}"
-    "{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    "{{ '<end_of_turn>\\n' }}{% endfor %}\n{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
