@@ -280,6 +280,26 @@ def test_recomputed_layers_give_the_same_gradients_bit_for_bit(tiny: Path, quant
     assert loss == expected and all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_step_with_recomputed_layers_is_the_same_step(tiny: Path, full: bool) -> None:
+    """Adapters that drop inputs, whose masks must come again, and every weight trained."""
+    schedule = loop.Schedule(2, 4, 1e-2, 0.0, 0.0, 1.0, 0, 64)
+    after = []
+    for again in (False, True):
+        model = opened(tiny)
+        if full:
+            free = whole.everything(model)
+        else:
+            lora.attach(model, rank=4, alpha=8, targets="all-linear", seed=0, dropout=0.3)
+            free = lora.parameters(model)
+        if again:
+            recompute.layers(model)
+        flat = loop.Flat(free)
+        losses = [result.loss for result in loop.steps(model, flat, rows(), 3, schedule)]
+        after.append((losses, flat.value_N))
+    assert after[0][0] == after[1][0] and torch.equal(after[0][1], after[1][1])
+
+
 def test_recomputed_layers_keep_their_input_alone(tmp_path: Path) -> None:
     folder = write_model(tmp_path, num_hidden_layers=6)
 
