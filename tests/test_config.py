@@ -65,6 +65,7 @@ BAD = {
     GOOD + "train: [{targets: []}]\n": "targets names no module",
     GOOD + "train: [{tune: full, rank: 8}]\n": "rank means nothing with tune: full",
     GOOD + "train: [{tune: full, dora: true}]\n": "dora means nothing with tune: full",
+    GOOD + "train: [{tune: full, quantize: nf4}]\n": "quantize means nothing with tune: full",
     GOOD + "train: [{tune: full}]\nship: {formats: [adapter]}\n": "adapter is not what tune: full makes; it is model",
     GOOD + "ship: {formats: [model]}\n": "model is not what tune: lora makes; it is adapter",
     GOOD + "train: [{method: grpo}]\n": "method",

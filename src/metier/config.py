@@ -134,6 +134,11 @@ class Stage(Settings):
         description="Modules trained whole beside the adapter, such as [embed_tokens, lm_head]. As in PEFT, a name "
         "means every module whose full name ends so. Tied ones must be named together.",
     )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="Bits of the frozen base's linear layers while training: `nf4` 4 bits, `int8` 8 bits, `none` as "
+        "released. The adapter is proved and shipped on the base as released.",
+    )
     learning_rate: Number = Field(
         1e-3, gt=0, le=1, description="Peak learning rate. Unset with `tune: full`: a tenth of this default."
     )
@@ -161,7 +166,7 @@ class Stage(Settings):
 
     @model_validator(mode="after")
     def _variants_go_together(self) -> Stage:
-        adapter = {"rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save"}
+        adapter = {"rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save", "quantize"}
         if self.tune == "full" and (strange := sorted(adapter & self.model_fields_set - _at_default(self))):
             raise ValueError(f"{strange[0]} means nothing with tune: full")
         if self.dora and self.dropout:

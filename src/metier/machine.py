@@ -39,9 +39,14 @@ def cores() -> int:
     return max(affinity, 1)
 
 
-def memory_gb() -> float:
+def memory_gb(where: torch.device | None = None) -> float:
+    """Memory of a device; of the machine where none is given, or where the device has none of its own."""
     import psutil
 
+    if where is not None and where.type == "cuda":
+        import torch
+
+        return float(torch.cuda.get_device_properties(where).total_memory) / 1e9
     return float(psutil.virtual_memory().total) / 1e9
 
 

@@ -269,7 +269,7 @@ def test_modules_that_cannot_be_trained_are_refused(
 
 def test_full_tuning_that_does_not_fit_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours(tiny)
-    monkeypatch.setattr(load, "available_memory", lambda: 16 * model.num_parameters() - 1)
+    monkeypatch.setattr(load, "available_memory", lambda device: 16 * model.num_parameters() - 1)
     with pytest.raises(ResourceError, match="besides the weights") as caught:
         whole.everything(model)
     assert "tune: lora" in caught.value.fix

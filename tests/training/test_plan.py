@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import write_base
+from metier.errors import ResourceError
 from metier.models import load, lora
 from metier.training.plan import Load, measured, plan, shape
 
@@ -23,22 +24,77 @@ CONFIG = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-DATA = Load(computed_tokens=50_000, real_tokens=80_000, supervised_tokens=20_000, longest=300, epochs=2)
+DATA = Load(computed_tokens=50_000, real_tokens=80_000, supervised_tokens=20_000, longest=300, epochs=2, steps=63)
+
+
+# Llama 3.1 8B
+LARGE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 
 
 @cache
-def smollm2() -> PreTrainedModel:
+def skeleton(large: bool = False) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **CONFIG))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(LARGE if large else CONFIG)))
 
 
-def made(**changes: object) -> dict:
+def made(large: bool = False, **changes: object) -> dict:
     facts = {"dtype": "bf16", "gflops": 300.0, "memory_gb": 24.0, "device": "cpu", "tokens": 0} | changes
-    return plan(shape(smollm2(), rank=16, targets="all-linear"), DATA, **facts)
+    return plan(shape(skeleton(large), rank=16, targets="all-linear"), DATA, **facts)
+
+
+def test_a_quantised_base_takes_what_its_bits_say() -> None:
+    """6.98 G linear weights of 2 bytes, or of 4.127 bits and two of 4096 · 14336 full."""
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert shape(skeleton(True), rank=16, targets="all-linear").linear_weights == linear
+    whole, few = (made(True, memory_gb=500.0, tokens=2048, quantize=q)["memory_gb"] for q in ("none", "nf4"))
+    saved = linear * (2 - 4.127 / 8) - 2 * 4096 * 14336 * 2
+    assert whole["predicted"] - few["predicted"] == pytest.approx(saved / 1e9, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "quantize", "tokens", "checkpointing"),
+    [
+        (200.0, "none", 2048, "none"),
+        (64.0, "nf4", 2048, "none"),  # half of the memory is for a quantised base
+        (16.0, "nf4", 512, "none"),
+        (12.0, "nf4", 2048, "layer"),
+        (24.0, "none", 2048, "layer"),
+    ],
+)
+def test_layers_are_recomputed_only_where_memory_would_not_do(
+    memory_gb: float, quantize: str, tokens: int, checkpointing: str
+) -> None:
+    found = made(True, memory_gb=memory_gb, quantize=quantize)
+    assert (found["micro_batch_tokens"], found["checkpointing"]) == (tokens, checkpointing)
+    assert found["memory_gb"]["predicted"] <= memory_gb * 0.85 and found["quantize"] == quantize
+    reason = next(line for line in found["why"] if "checkpointing" in line)
+    assert reason.startswith("activation" if checkpointing == "layer" else "no activation")
+
+
+def test_what_fits_in_no_way_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ResourceError) as caught:
+        made(True, memory_gb=12.0)
+    assert "nf4" in caught.value.fix and "10.2 of 12.0 GB" in caught.value.what
+
+
+def test_time_counts_recomputation_and_making_weights_full() -> None:
+    plain = made(True, memory_gb=200.0)["seconds"]["predicted"]
+    # 63 batches in each of 2 epochs, two passes, 6.98 G weights at 1 G a second: 1,759 s more
+    slower = made(True, memory_gb=200.0, quantize="nf4", weights_per_second=1e9)["seconds"]["predicted"]
+    assert slower - plain == pytest.approx(63 * 2 * 2 * 6.979321856, abs=1)
+    assert 1.4 < made(True, memory_gb=24.0)["seconds"]["predicted"] / plain < 1.5
 
 
 def test_smollm2_has_the_weights_it_is_named_for() -> None:
-    sizes = shape(smollm2(), rank=16, targets="all-linear")
+    sizes = shape(skeleton(), rank=16, targets="all-linear")
     assert sizes.linear_weights == 106_168_320  # 30 · (576·576·2 + 576·192·2 + 576·1536·3)
     assert sizes.all_weights == 134_515_008
     assert sizes.adapter_weights == 30 * 16 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
@@ -71,7 +127,7 @@ def test_predictions_move_the_right_way() -> None:
 def test_the_budget_always_takes_the_longest_row() -> None:
     long = replace(DATA, longest=9000)
     out = plan(
-        shape(smollm2(), rank=16, targets="all-linear"),
+        shape(skeleton(), rank=16, targets="all-linear"),
         long,
         dtype="bf16",
         gflops=300.0,

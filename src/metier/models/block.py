@@ -13,6 +13,7 @@ joined adapters), N rotated heads, E half of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from metier.models import quant
 from metier.models.attention import Scoring
-from metier.models.linear import LoraLinear
+from metier.models.linear import LoraLinear, QuantisedLinear
+from metier.models.quant import Quantised, Weight
 
-Linear = nn.Linear | LoraLinear
+Linear = nn.Linear | QuantisedLinear | LoraLinear
 PLAIN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
@@ -117,13 +120,18 @@ class Joined:
 
     `parts` names, for each adapted layer, its output columns and its scale; `adapters` are its A (R, I) and B (O, R).
     `whole` are the weights and biases that are trained themselves, with their output columns.
+    The weights are joined anew in each direction, and kept whole in neither.
     """
 
-    weight_OI: Tensor
+    weights: tuple[Weight, ...]
     bias_O: Tensor | None
     parts: tuple[tuple[slice, float], ...]
     adapters: tuple[Tensor, ...]
     whole: tuple[tuple[slice, Tensor], ...]
+
+    def lent(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """The one (O, I) weight, inside the block."""
+        return quant.lent(_side_by_side(self.weights), dtype)
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
@@ -139,7 +147,7 @@ def _joins(linear: Linear) -> bool:
 
 def join(linears: Sequence[Linear]) -> Joined:
     """Layers whose weights lie side by side as one layer."""
-    weights = [linear.weight for linear in linears]
+    weights = tuple(linear.weight for linear in linears)
     biases: list[Tensor] = [linear.bias.detach() for linear in linears if linear.bias is not None]
     parts: list[tuple[slice, float]] = []
     adapters: list[Tensor] = []
@@ -150,34 +158,41 @@ def join(linears: Sequence[Linear]) -> Joined:
         if isinstance(linear, LoraLinear) and linear.enabled:
             parts.append((columns, linear.lora.scale))
             adapters += [linear.lora_A, linear.lora_B]
-        whole += [(columns, t) for t in (linear.weight, linear.bias) if t is not None and t.requires_grad]
+        whole += [(columns, t) for t in (weight, linear.bias) if isinstance(t, Tensor) and t.requires_grad]
         at = columns.stop
     bias_O = torch.cat(biases) if biases else None
-    return Joined(_side_by_side(weights), bias_O, tuple(parts), tuple(adapters), tuple(whole))
+    return Joined(weights, bias_O, tuple(parts), tuple(adapters), tuple(whole))
 
 
-def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
-    """The weights as one (O, I): where they lie side by side, that memory itself; else a copy."""
-    first = weights[0].detach()
-    rows = [0, *accumulate(w.shape[0] for w in weights)]
+def _side_by_side(weights: Sequence[Weight]) -> Weight:
+    """The weights as one (O, I): where they lie side by side, that memory itself; else a copy. Quantised ones are made
+    full side by side."""
+    if few := [w for w in weights if isinstance(w, Quantised)]:
+        return quant.SideBySide.of(few)
+    plain = [w.detach() for w in weights if isinstance(w, Tensor)]
+    first = plain[0]
+    rows = [0, *accumulate(w.shape[0] for w in plain)]
     start, row = first.data_ptr(), first.stride(0) * first.element_size()
-    if any(w.data_ptr() != start + at * row for w, at in zip(weights, rows, strict=False)):
-        return torch.cat([w.detach() for w in weights])
+    if any(w.data_ptr() != start + at * row for w, at in zip(plain, rows, strict=False)):
+        return torch.cat(plain)
     return first.as_strided((rows[-1], first.shape[1]), first.stride())
 
 
 def _lay_side_by_side(linears: Sequence[Linear]) -> None:
-    """Moves frozen weights into one storage; each stays a view of it under its own name."""
-    whole = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, view in zip(linears, whole.split([linear.weight.shape[0] for linear in linears]), strict=True):
-        linear.weight.data = view
+    """Moves frozen weights into one storage; each stays a view of it under its own name. Quantised ones stay apart."""
+    plain = [linear.weight for linear in linears if isinstance(linear.weight, Tensor)]
+    if not plain:
+        return
+    views = torch.cat([weight.detach() for weight in plain]).split([weight.shape[0] for weight in plain])
+    for weight, view in zip(plain, views, strict=True):
+        weight.data = view
 
 
 def _product(x_TI: Tensor, joined: Joined, add_TO: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(T, O) of the joined layers, plus `add_TO`, and x Aᵀ (T, R) for the way back."""
-    weight_IO = joined.weight_OI.t()
     add = joined.bias_O if add_TO is None else add_TO if joined.bias_O is None else add_TO + joined.bias_O
-    y_TO = x_TI @ weight_IO if add is None else torch.addmm(add, x_TI, weight_IO)
+    with joined.lent(x_TI.dtype) as weight_OI:
+        y_TO = x_TI @ weight_OI.t() if add is None else torch.addmm(add, x_TI, weight_OI.t())
     if not joined.parts:
         return y_TO, x_TI[:, :0]
     a_RI, bs = _low_rank(joined, x_TI.dtype)
@@ -194,7 +209,10 @@ def _product_backward(
     dy_TO: Tensor, x_TI: Tensor, xa_TR: Tensor, joined: Joined, *, input_gradient: bool = True
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient of x, and those of each A and B in float32 and of what is trained whole."""
-    dx_TI = dy_TO @ joined.weight_OI if input_gradient else None
+    dx_TI = None
+    if input_gradient:
+        with joined.lent(dy_TO.dtype) as weight_OI:
+            dx_TI = dy_TO @ weight_OI
     whole = [dy_TO[:, c].sum(0) if t.dim() == 1 else dy_TO[:, c].t() @ x_TI for c, t in joined.whole]
     if not joined.parts:
         return dx_TI, whole

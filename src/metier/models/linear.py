@@ -1,5 +1,8 @@
 """A frozen linear layer with a LoRA update, as one autograd function, and its variants.
 
+The frozen weight is a tensor or a quantised record. Of the latter the full weight is made for the forward product, and
+made again for the backward one; it is never kept between the two.
+
 Shape legend: T tokens, I inputs, O outputs, R rank.
 """
 
@@ -11,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from metier.models import quant
+from metier.models.quant import Quantised, Weight
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -31,6 +37,27 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+class QuantisedLinear(nn.Module):
+    """y = x Wᵀ (+ b) with a frozen quantised weight."""
+
+    def __init__(self, weight: Quantised, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.weight, self.bias)
+
+
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ (+ b) of a frozen weight, whatever it is kept as; differentiable in x."""
+    if isinstance(weight, Tensor):
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), weight)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if bias is None else y + bias
+
+
 class LoraLinear(nn.Module):
     """y = x Wᵀ (+ b) + scale · (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3). W and b are frozen; A and B are float32 masters.
 
@@ -44,9 +71,9 @@ class LoraLinear(nn.Module):
 
     square_O: Tensor
 
-    def __init__(self, linear: nn.Linear, lora: Lora, generator: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear | QuantisedLinear, lora: Lora, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight: Weight = linear.weight
         self.bias = linear.bias
         self.lora = lora
         self.enabled = True
@@ -58,12 +85,13 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank, device=linear.weight.device))
         self.magnitude: nn.Parameter | None = None
         if lora.dora:
-            self.register_buffer("square_O", linear.weight.detach().float().square().sum(1), persistent=False)
+            with torch.no_grad(), quant.lent(self.weight, torch.float32) as w_OI:
+                self.register_buffer("square_O", w_OI.float().square().sum(1), persistent=False)
             self.magnitude = nn.Parameter(self._lengths())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return frozen_linear(x, self.weight, self.bias)
         flat_TI = x.reshape(-1, x.shape[-1])
         mask_TI, scale = None, self.lora.scale
         if self.seed is not None:
@@ -77,8 +105,9 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def _lengths(self) -> Tensor:
         """(O,) ‖W + scale·BA‖ of each row in float32, by ‖W‖² + 2·scale·⟨W, BA⟩ + scale²·‖BA‖²: BA is never formed."""
-        w_OI, a_RI, b_OR, scale = self.weight, self.lora_A, self.lora_B, self.lora.scale
-        cross_O = ((w_OI @ a_RI.to(w_OI.dtype).t()).float() * b_OR).sum(1)
+        a_RI, b_OR, scale = self.lora_A, self.lora_B, self.lora.scale
+        with quant.lent(self.weight, torch.float32) as w_OI:
+            cross_O = ((w_OI @ a_RI.to(w_OI.dtype).t()).float() * b_OR).sum(1)
         own_O = ((b_OR @ (a_RI @ a_RI.t())) * b_OR).sum(1)
         square_O = self.square_O + 2 * scale * cross_O + scale * scale * own_O
         return square_O.clamp_min(_TINY).sqrt()
@@ -95,28 +124,45 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_TI: Tensor, w_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, mask_TI: Tensor | None
+        ctx: Any, x_TI: Tensor, weight: Weight, a_RI: Tensor, b_OR: Tensor, scale: float, mask_TI: Tensor | None
     ) -> Tensor:
         a_RI, b_OR = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
         kept_TI = x_TI if mask_TI is None else x_TI * mask_TI
         xa_TR = kept_TI @ a_RI.t()
-        y_TO = x_TI @ w_OI.t()
+        with quant.lent(weight, x_TI.dtype) as w_OI:
+            y_TO = x_TI @ w_OI.t()
         y_TO.addmm_(xa_TR, b_OR.t(), alpha=scale)
-        ctx.save_for_backward(kept_TI, w_OI, a_RI, b_OR, xa_TR, mask_TI)
-        ctx.scale = scale
+        ctx.save_for_backward(kept_TI, a_RI, b_OR, xa_TR, mask_TI)
+        ctx.weight, ctx.scale = weight, scale
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kept_TI, w_OI, a_RI, b_OR, xa_TR, mask_TI = ctx.saved_tensors
+        kept_TI, a_RI, b_OR, xa_TR, mask_TI = ctx.saved_tensors
         dxa_TR = (dy_TO @ b_OR).mul_(ctx.scale)
         da_RI = dxa_TR.t() @ kept_TI
         db_OR = (dy_TO.t() @ xa_TR).mul_(ctx.scale)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ w_OI
+            with quant.lent(ctx.weight, dy_TO.dtype) as w_OI:
+                dx_TI = dy_TO @ w_OI
             if mask_TI is None:
                 dx_TI.addmm_(dxa_TR, a_RI)
             else:
                 dx_TI.addcmul_(dxa_TR @ a_RI, mask_TI)
         return dx_TI, None, da_RI.float(), db_OR.float(), None, None
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ of a quantised weight; nothing is kept but its codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight: Quantised) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        with weight.lent(x_TI.dtype) as w_OI:
+            return x_TI @ w_OI.t()
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with ctx.weight.lent(dy_TO.dtype) as w_OI:
+            return dy_TO @ w_OI, None

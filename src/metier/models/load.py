@@ -8,12 +8,14 @@ the engine does not reproduce exactly is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from metier import fetch, runs
 from metier.errors import ModelError, ResourceError, needs_extra
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+Quantize = Literal["none", "nf4", "int8"]
 ARCHITECTURES = (
     "gemma2",
     "gemma3_text",
@@ -36,6 +39,8 @@ ARCHITECTURES = (
 )
 ROTARY = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _ALTERNATING = ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3")  # those whose layers differ in their window
+_RENAMED = {"embed_out.weight": "lm_head.weight"}
+_COMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # in old files; never read
 CONVERSION = 1
 _IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".msgpack", ".h5")
@@ -102,54 +107,45 @@ def resolve(name: str, beside: Path, expected: str | None = None) -> Base:
     return _hub(name, expected)
 
 
-def model(base: Base, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base in memory, frozen, in evaluation mode, with Metier's attention in place."""
-    try:
-        import torch
-        import transformers
-        from safetensors import SafetensorError
+def model(base: Base, *, dtype: torch.dtype, device: torch.device, quantize: Quantize = "none") -> PreTrainedModel:
+    """The base in memory, frozen, in evaluation mode, with Metier's attention in place.
 
-        from metier.models import attention, block
+    Tensors are read one by one, each put in its place (quantised, if it is the weight of a linear layer other than the
+    head) before the next is read: the peak is that of the model and one tensor.
+    """
+    try:
+        from metier.models import block
     except ModuleNotFoundError as error:
         raise needs_extra(str(error.name), "train") from error
 
-    config = _held_config(base)
-    size = sum(p.stat().st_size for p in base.folder.glob("*.safetensors"))
-    _hold_memory(base, size)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            base.folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot be loaded: {str(error).splitlines()[0]}", where=str(base.folder), fix="fetch the model again"
-        ) from error
-    _hold_complete(base, info)
-    loaded.requires_grad_(False)
-    for name, tensor in loaded.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} holds NaN or infinity", where=str(base.folder), fix="fetch the model again")
-    loaded = loaded.eval().to(device)
-    block.install(loaded)
-    return loaded  # type: ignore[no-any-return]
+    made = skeleton(base, dtype)
+    made.requires_grad_(False)
+    _fill(made, base, dtype, device, quantize)
+    made.eval()
+    block.install(made)
+    return made
 
 
-def skeleton(base: Base) -> PreTrainedModel:
+def skeleton(base: Base, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The base's modules without weights: their names and shapes alone, on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_held_config(base))  # type: ignore[no-any-return]
+    from metier.models import attention
+
+    config = _held_config(base)
+    transformers.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+                config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
+            )
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"no model can be built: {str(error).splitlines()[0]}",
+            where=str(base.folder / "config.json"),
+            fix="fetch the model again",
+        ) from error
 
 
 def context(model: PreTrainedModel) -> int:
@@ -318,30 +314,151 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [settings] if "rope_type" in settings else [s for s in settings.values() if s]
 
 
-def _hold_memory(base: Base, size: int) -> None:
-    free = available_memory()
+def _fill(made: PreTrainedModel, base: Base, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> None:
+    """Puts the base's tensors into a model without any; each must be expected, there, finite and of its shape."""
+    from torch import nn
+
+    from metier.models import quant
+    from metier.models.linear import QuantisedLinear
+
+    shapes = {name: parameter.shape for name, parameter in made.named_parameters(remove_duplicate=False)}
+    linears = {f"{name}.weight" for name, part in made.named_modules() if isinstance(part, nn.Linear)}
+    head = {f"{name}.weight" for name, part in made.named_modules() if part is made.get_output_embeddings()}
+    few_bits = set() if quantize == "none" else linears - head
+    found = {_name(name, shapes, made.base_model_prefix): (path, name) for name, path in _places(base.folder).items()}
+    places = {name: place for name, place in found.items() if not name.endswith(_COMPUTED) or name in shapes}
+    _hold_names(base, shapes, set(places), made.all_tied_weights_keys)
+    _hold_memory(base, _bytes(shapes, few_bits, places, dtype, quantize), device)
+    scratch = quant.Scratch()
+    for name, (path, there) in places.items():
+        tensor = _tensor(path, there, shapes[name])
+        parent, _, leaf = name.rpartition(".")
+        part = made.get_submodule(parent)
+        if quantize != "none" and name in few_bits:
+            weight = quant.quantised(tensor.to(device), quantize, scratch)
+            made.set_submodule(parent, QuantisedLinear(weight, part.bias))
+        else:
+            setattr(part, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+    made.tie_weights(missing_keys=shapes.keys() - places.keys(), recompute_mapping=False)
+    _fill_buffers(made, device)
+
+
+def _fill_buffers(made: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no file holds, such as rotary frequencies, as `transformers` itself computes them after loading."""
+    import torch
+
+    for part in made.modules():
+        own = dict(part.named_buffers(recurse=False))
+        if not any(buffer.is_meta for buffer in own.values()):
+            continue
+        for name, buffer in own.items():
+            setattr(part, name, torch.empty_like(buffer, device=device))
+        for parameter in part.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # what is loaded stays
+        made._init_weights(part)
+
+
+def _name(name: str, shapes: Mapping[str, Any], prefix: str) -> str:
+    """A tensor's name in the model: files may hold another name of the head, or the decoder without its prefix."""
+    candidates = (name, _RENAMED.get(name, name), f"{prefix}.{name}")
+    return next((c for c in candidates if c in shapes), name)
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """The file of every tensor: those of `model.safetensors`, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        raise ModelError(
+            "neither model.safetensors nor model.safetensors.index.json",
+            where=str(folder),
+            fix="fetch the model again",
+        )
+    try:
+        named = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"not an index of tensors: {error}", where=str(index), fix="fetch the model again") from error
+    if strange := sorted(file for file in set(named.values()) if Path(file).name != file):
+        raise ModelError(
+            f"the index names {strange[0]!r}, outside its folder", where=str(index), fix="fetch the model again"
+        )
+    return {name: folder / file for name, file in sorted(named.items(), key=lambda item: item[::-1])}
+
+
+def _tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """One tensor of a file, which is closed again: pages that were read go with it, so they do not add up."""
+    import torch
+
+    with _opened(path) as file:
+        if name not in file.keys():  # noqa: SIM118 (not a mapping)
+            raise ModelError(f"holds no {name}", where=str(path), fix="fetch the model again")
+        tensor: torch.Tensor = file.get_tensor(name)
+    if tensor.shape != shape:
+        raise ModelError(
+            f"{name} is {tuple(tensor.shape)}, config.json says {tuple(shape)}",
+            where=str(path),
+            fix="fetch the model again",
+        )
+    # The two ends show NaN and infinity alike, in one pass and without a second tensor of this size.
+    if not tensor.is_floating_point() or not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+        raise ModelError(f"{name} holds NaN, infinity or no fractions", where=str(path), fix="fetch the model again")
+    return tensor
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot be loaded: {str(error).splitlines()[0]}", where=str(path), fix="fetch the model again"
+        ) from error
+
+
+def _bytes(
+    shapes: Mapping[str, torch.Size], few_bits: set[str], places: Mapping[str, Any], dtype: torch.dtype, quantize: str
+) -> int:
+    """What the model will hold, and the largest tensor on its way there."""
+    from metier.models import quant
+
+    there = {name: shape.numel() for name, shape in shapes.items() if name in places}
+    whole = sum(count for name, count in there.items() if name not in few_bits) * dtype.itemsize
+    few = sum(there[name] for name in few_bits) * quant.BITS[quantize] / 8 if few_bits else 0
+    return int(whole + few + max(there.values()) * 4)
+
+
+def _hold_memory(base: Base, size: int, device: torch.device) -> None:
+    free = available_memory(device)
     if size > free:
         raise ResourceError(
             f"the base needs about {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             where=str(base.folder),
-            fix="close other programs, or use a smaller base",
+            fix="close other programs, use a smaller base, or train on 4 bits: --set train.quantize=nf4",
         )
 
 
-def available_memory() -> int:
-    """Bytes of main memory that are free."""
+def available_memory(device: torch.device) -> int:
+    """Bytes of the device's memory that are free; of main memory where it has none of its own."""
     import psutil
+    import torch
 
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
-def _hold_complete(base: Base, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(n) for n in info.get(kind, ()))
+def _hold_names(base: Base, shapes: Mapping[str, Any], found: set[str], ties: Mapping[str, str]) -> None:
+    """Refuses tensors that are missing or strange."""
+    twin = {**ties, **{source: target for target, source in ties.items()}}
+    missing = {name for name in shapes.keys() - found if twin.get(name) not in found}
+    for kind, names in (("missing", missing), ("unexpected", found - shapes.keys())):
         if names:
-            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            shown = ", ".join(sorted(names)[:10]) + (" …" if len(names) > 10 else "")
             raise ModelError(
-                f"{len(names)} tensors are {kind.removesuffix('_keys')}: {shown}",
-                where=str(base.folder),
-                fix="fetch the model again",
+                f"{len(names)} tensors are {kind}: {shown}", where=str(base.folder), fix="fetch the model again"
             )

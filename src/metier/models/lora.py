@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from metier import runs
 from metier.errors import ConfigError, ModelError, nearest
 from metier.models import tensors, whole
-from metier.models.linear import Lora, LoraLinear
+from metier.models.linear import Lora, LoraLinear, QuantisedLinear
 
 PREFIX = "base_model.model."
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +37,8 @@ def attach(
     `targets` is `all-linear` (every linear layer but the head) or names such as `q_proj`, or longer ends of full names.
     Each A is drawn from a generator of its own, so that its values depend on the seed and the layer's place alone.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
+    kinds = (nn.Linear, QuantisedLinear)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith("lm_head")}
     known = {n.rsplit(".", 1)[-1] for n in linears}
     wanted = known if targets == "all-linear" else set(targets)
     if unknown := sorted(w for w in wanted if not any(f".{n}".endswith(f".{w}") for n in linears)):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from metier import runs
 from metier.errors import ConfigError, ResourceError, nearest
 from metier.models import load, tensors
-from metier.models.linear import LoraLinear
+from metier.models.linear import LoraLinear, QuantisedLinear
 
 SHARD_BYTES = 5_000_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -127,6 +127,7 @@ def _shards(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def _chosen(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """The weights of the modules that `names` mean, by full name."""
+    _hold_not_quantised(model, names)
     weights = dict(model.named_parameters(remove_duplicate=False))
     modules = [n for n, _ in model.named_modules(remove_duplicate=False) if any(w.startswith(f"{n}.") for w in weights)]
     for name in names:
@@ -146,6 +147,16 @@ def _chosen(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     return {n: p for n, p in weights.items() if n.startswith(inside)}
 
 
+def _hold_not_quantised(model: nn.Module, names: Sequence[str]) -> None:
+    chosen = tuple(f"{n}." for n, _ in model.named_modules() if n.endswith(tuple(names)))
+    if few := [n for n, m in model.named_modules() if isinstance(m, QuantisedLinear) and f"{n}.".startswith(chosen)]:
+        raise ConfigError(
+            f"{few[0]} is quantised, and only plain weights can be trained whole",
+            where="train.modules_to_save",
+            fix="leave it out, or set train.quantize to none",
+        )
+
+
 def _module(name: str) -> str:
     """`embed_tokens` of `model.embed_tokens.weight`."""
     return name.rsplit(".", 2)[-2]
@@ -153,7 +164,7 @@ def _module(name: str) -> str:
 
 def _hold_memory(model: PreTrainedModel) -> None:
     """Refuses where the memory cannot hold a gradient, two moments and a master in float32 of every weight."""
-    needed, free = 16 * model.num_parameters(), load.available_memory()
+    needed, free = 16 * model.num_parameters(), load.available_memory(model.device)
     if model.device.type == "cpu" and needed > free:
         raise ResourceError(
             f"full fine-tuning needs about {needed / 1e9:.1f} GB besides the weights, {free / 1e9:.1f} GB are free",

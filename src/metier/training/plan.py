@@ -7,15 +7,20 @@ a trained head 8, because its logits are made twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from metier.errors import ResourceError
+
 EFFICIENCY = 0.55
 _BYTES = {"bf16": 2, "fp32": 4}
-_SMALLEST, _LARGEST = 512, 2048
+QUANTISED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+_BUDGETS = (2048, 1024, 512)
+_FULL = 0.85
 _RUNTIME_GB = 0.45
 
 
@@ -67,27 +72,52 @@ class Load:
     supervised_tokens: int
     longest: int
     epochs: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the model is kept: the number format, the bits of its frozen linear layers, what backward passes keep."""
+
+    dtype: str
+    quantize: str = "none"
+    checkpointing: str = "none"
 
 
 def plan(
-    shape: Shape, load: Load, *, dtype: str, gflops: float, memory_gb: float, device: str, tokens: int
+    shape: Shape,
+    load: Load,
+    *,
+    dtype: str,
+    gflops: float,
+    memory_gb: float,
+    device: str,
+    tokens: int,
+    quantize: str = "none",
+    weights_per_second: float = math.inf,
 ) -> dict[str, Any]:
-    """`plan.json`: choices with their reasons, memory and speed as predicted; measurements are added afterwards."""
-    budget = tokens or _token_budget(shape, load, dtype, memory_gb)
-    seconds = load.computed_tokens * load.epochs * _flops_per_token(shape, load) / (gflops * 1e9 * EFFICIENCY)
+    """`plan.json`: choices with their reasons, memory and speed as predicted; measurements are added afterwards.
+
+    `weights_per_second` is how fast a quantised weight becomes a full one.
+    """
+    budget, held = _fitting(shape, load, Held(dtype, quantize), memory_gb, tokens)
+    products = load.computed_tokens * _flops_per_token(shape, load, held) / (gflops * 1e9 * EFFICIENCY)
+    batches = max(load.steps, load.computed_tokens / budget)
+    passes = 3 if held.checkpointing == "layer" else 2
+    seconds = load.epochs * (products + batches * passes * shape.linear_weights / weights_per_second)
     return {
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "micro_batch_tokens": budget,
-        "checkpointing": "none",
+        "checkpointing": held.checkpointing,
         "attention": "rows behind a shared prefix, padded products for short rows, flash for long ones",
-        "memory_gb": {"predicted": round(_memory_gb(shape, budget, dtype), 2), "measured": None},
+        "memory_gb": {"predicted": round(_memory_gb(shape, budget, held), 2), "measured": None},
         "tokens_per_second": {"predicted": round(load.real_tokens * load.epochs / seconds, 1), "measured": None},
         "seconds": {"predicted": round(seconds, 1), "measured": None},
         "why": [
             f"{dtype}: the faster number format in this machine's own measurement ({gflops:,.0f} GFLOP/s)",
-            f"{budget:,} tokens at once: fits in a quarter of {memory_gb:.0f} GB; more brings no speed",
-            "no activation checkpointing: it would add half of the forward work, and memory suffices",
+            *_why_memory(shape, budget, held, memory_gb),
             "the tokens that all rows begin with are computed once a batch",
         ],
     }
@@ -99,32 +129,78 @@ def measured(plan: dict[str, Any], *, memory_gb: float, tokens_per_second: float
     return plan | {k: plan[k] | {"measured": round(v, 2)} for k, v in found.items()}
 
 
-def _flops_per_token(shape: Shape, load: Load) -> float:
+def _flops_per_token(shape: Shape, load: Load, held: Held) -> float:
     per_logit = 8 if shape.head_trained else 4
     head = per_logit * shape.vocabulary * shape.hidden * load.supervised_tokens / load.computed_tokens
-    attention = 6 * shape.layers * shape.heads * shape.head_dim * load.longest / 2
-    trained = 6 * shape.adapter_weights + 2 * shape.whole_linear_weights
-    return 4 * shape.linear_weights + trained + head + attention
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * load.longest / 2
+    passes = 3 if held.checkpointing == "layer" else 2
+    trained = (passes + 1) * (2 * shape.adapter_weights + attention) + 2 * shape.whole_linear_weights
+    return 2 * passes * shape.linear_weights + trained + head
 
 
-def _token_budget(shape: Shape, load: Load, dtype: str, memory_gb: float) -> int:
-    budget = _LARGEST
-    while budget > _SMALLEST and _memory_gb(shape, budget, dtype) > memory_gb / 4:
-        budget //= 2
-    return max(budget, load.longest)
+def _fitting(shape: Shape, load: Load, held: Held, memory_gb: float, tokens: int) -> tuple[int, Held]:
+    """Tokens at once, and how the model is kept: comfortably, or else so that it fits.
+
+    Every micro-batch makes all weights of a quantised base full again, so there more tokens are worth more memory.
+    """
+    budgets = [tokens] if tokens else [max(budget, load.longest) for budget in _BUDGETS]
+    comfortable, full = memory_gb / _shares(held), memory_gb * _FULL
+    layer = replace(held, checkpointing="layer")
+    choices = [
+        *((budget, held, comfortable) for budget in budgets),
+        (budgets[-1], held, full),
+        *((budget, layer, full) for budget in budgets),
+    ]
+    for budget, kept, limit in choices:
+        if _memory_gb(shape, budget, kept) <= limit:
+            return budget, kept
+    least = _memory_gb(shape, budgets[-1], layer)
+    raise ResourceError(
+        f"training needs about {least:.1f} GB of memory, {full:.1f} of {memory_gb:.1f} GB may be used",
+        where=f"{budgets[-1]:,} tokens at once",
+        fix="set train.quantize to nf4, use shorter rows, a smaller base or a larger machine",
+    )
 
 
-def _memory_gb(shape: Shape, tokens: int, dtype: str) -> float:
+def _shares(held: Held) -> int:
+    return 4 if held.quantize == "none" else 2
+
+
+def _why_memory(shape: Shape, budget: int, held: Held, memory_gb: float) -> list[str]:
+    plain = replace(held, checkpointing="none")
+    share = {4: "a quarter", 2: "half"}[_shares(held)]
+    comfortable = _memory_gb(shape, budget, held) <= memory_gb / _shares(held)
+    room = f"{share} of {memory_gb:.0f} GB" if comfortable else f"{memory_gb:.0f} GB"
+    more = "more brings no speed" if budget >= _BUDGETS[0] else "more would not"
+    reasons = [f"{budget:,} tokens at once: fits in {room}; {more}"]
+    if held.checkpointing == "layer":
+        needed = _memory_gb(shape, budget, plain)
+        reasons.append(
+            f"activation checkpointing of every layer: without it {needed:.1f} GB would be needed, of which "
+            f"{memory_gb:.1f} GB are there; a third pass through the layers buys the difference"
+        )
+    else:
+        reasons.append("no activation checkpointing: it would add half of the forward work, and memory suffices")
+    if held.quantize != "none":
+        reasons.append(f"{held.quantize}: the frozen linear layers in {QUANTISED_BYTES[held.quantize] * 8:.3g} bits")
+    return reasons
+
+
+def _memory_gb(shape: Shape, tokens: int, held: Held) -> float:
     """Weights, what is trained with gradient, moments and best values, and what a micro-batch keeps for going back.
 
     A weight trained whole is its own master in float32; in bf16 it has one, and for a while a gradient in bf16. Beside
     an adapter its frozen values are kept.
     """
-    size = _BYTES[dtype]
-    weights = shape.all_weights * size + shape.adapter_weights * 4 * 5
-    weights += shape.whole_weights * (4 * 4 if dtype == "fp32" else 4 * 5 + size)
+    size = _BYTES[held.dtype]
+    weights = float(shape.all_weights * size + shape.adapter_weights * 4 * 5)
+    weights += shape.whole_weights * (4 * 4 if held.dtype == "fp32" else 4 * 5 + size)
     weights += shape.whole_weights * size if shape.adapter_weights else 0
+    if held.quantize != "none":
+        weights -= shape.linear_weights * (size - QUANTISED_BYTES[held.quantize])
+        weights += 2 * shape.hidden * shape.intermediate * size  # the one full weight: gate and up side by side
     attention = shape.heads * shape.head_dim
     kept = 6 * shape.hidden + 4 * attention + 2 * shape.kv_heads * shape.head_dim + 5 * shape.intermediate
+    layers = shape.layers * kept if held.checkpointing == "none" else shape.layers * shape.hidden + kept
     head = min(tokens, 1024) * shape.vocabulary * 4 * 2
-    return (weights + tokens * shape.layers * kept * size + head) / 1e9 + _RUNTIME_GB
+    return (weights + tokens * layers * size + head) / 1e9 + _RUNTIME_GB

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from metier import config, machine, plots, progress, records, runs
 from metier.config import Loaded, Stage
 from metier.errors import DataError
-from metier.models import load, lora, tuned, whole
+from metier.models import load, lora, quant, recompute, tuned, whole
 from metier.progress import note
 from metier.runs import Run
 from metier.text import batches
@@ -46,11 +46,13 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     rows, valid = (_rows(data / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
     prefix = batches.shared_prefix([*rows, *valid])
 
-    model = load.model(base, dtype=dtype, device=device)
+    model = load.model(base, dtype=dtype, device=device, quantize=stage.quantize)
     _hold_context([*rows, *valid], load.context(model), data)
     flat = loop.Flat(set_free(model, stage, spec.seed))
     runs.need_space(work, 8 * flat.value_N.nbytes)
     chosen = _plan(loaded, work, base, model, rows, prefix, dtype, device)
+    if chosen["checkpointing"] == "layer":
+        recompute.layers(model)
     schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
 
     if not (work / REGISTERED).is_file():
@@ -301,12 +303,15 @@ def _plan(
             supervised_tokens=sum(int(r.supervised.sum()) for r in rows),
             longest=max(r.ids.size for r in rows),
             epochs=stage.epochs,
+            steps=steps,
         ),
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
         gflops=machine.gflops()["bf16" if dtype == torch.bfloat16 else "fp32"],
-        memory_gb=machine.memory_gb(),
+        memory_gb=machine.memory_gb(device),
         device=device.type,
         tokens=loaded.spec.machine.tokens,
+        quantize=stage.quantize,
+        weights_per_second=_weights_per_second(stage.quantize, dtype, device),
     )
     made["why"].append(_why(stage))
     runs.write_json(path, made)
@@ -337,6 +342,13 @@ def _why(stage: Stage) -> str:
         return f"learning rate {stage.learning_rate:g}, for an adapter"
     default = ", a tenth of an adapter's default" if stage.learning_rate == config.FULL_RATE else ""
     return f"learning rate {stage.learning_rate:g}, as every weight is trained{default}"
+
+
+def _weights_per_second(quantize: load.Quantize, dtype: torch.dtype, device: torch.device) -> float:
+    if quantize == "none":
+        return math.inf
+    name = f"weights_per_second:{quantize}:{dtype}:{device.type}"
+    return float(machine.remembered(name, lambda: quant.measured_speed(quantize, dtype, device)))
 
 
 def _json(path: Path) -> dict[str, Any]:
