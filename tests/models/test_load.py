@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import FAMILIES, write_base
 from metier.errors import ModelError
 from metier.models import load
 
@@ -85,3 +86,9 @@ def test_a_file_that_only_says_it_is_safetensors_is_refused(tiny: Path, tmp_path
     (folder / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(ModelError):
         load.model(load.resolve(str(folder), tmp_path), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "yarn", "longrope"])
+def test_the_stated_context_is_that_of_the_model(tmp_path: Path, name: str) -> None:
+    base = load.resolve(str(write_base(tmp_path, name)), tmp_path)
+    assert load.stated_context(base) == load.context(load.skeleton(base)) == (140 if name == "longrope" else 512)
