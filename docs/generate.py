@@ -227,6 +227,7 @@ _WORDS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "integer": lambda shown, link: f"whole number{_range(shown)}",
     "number": lambda shown, link: f"number{_range(shown)}",
     "boolean": lambda shown, link: "`true` or `false`",
+    "object": lambda shown, link: f"name: {_kind(shown['additionalProperties'], link)}",
 }
 
 

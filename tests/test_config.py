@@ -164,3 +164,42 @@ def test_every_setting_is_read_somewhere() -> None:
     containers = {"task", "data", "sizes", "package", "prove", "claims", "ship", "machine", "train"}
     names = {n for c in settings_classes(config.Spec) for n in c.model_fields} - containers
     assert sorted(names - read) == []
+
+
+TWO = GOOD.replace("[a.jsonl]", "[a.jsonl], text: [b.md]")
+
+
+def test_a_later_stage_has_the_adapter_of_the_first(tmp_path: Path) -> None:
+    spec = load(TWO + "train: [{method: cpt, rank: 8, targets: [q_proj]}, {epochs: 1}]\n", tmp_path)
+    assert [(s.method, s.rank, s.targets) for s in spec.train] == [("cpt", 8, ("q_proj",)), ("sft", 8, ("q_proj",))]
+    assert config.validate(config.parse(config.dump(spec), "x"), "x") == spec
+    spec = load(TWO + "train: [{method: cpt}, {epochs: 1}]\n", tmp_path, "train.1.epochs=3", "train.0.replay=0.1")
+    assert spec.train[1].epochs == 3 and spec.train[0].replay == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TWO + "train: [{method: cpt, rank: 8}, {rank: 4}]\n", "train.1.rank is 4, train.0.rank is 8"),
+        (TWO, "data.text is learnt by the method cpt"),
+        (GOOD + "train: [{method: cpt}]\n", "needs data.text"),
+        (GOOD + "train: [{replay: 0.1}]\n", "replay means nothing in the method sft"),
+        (TWO.replace("[a.jsonl], ", "[], ") + "train: [{method: cpt}, {}]\n", "train.1 .sft. needs data.examples"),
+        (TWO.replace("text:", "replay: [c.md], text:") + "train: [{method: cpt}]\n", "give it `replay`"),
+        (GOOD.replace("[a.jsonl]", "[a.jsonl, b.jsonl], mix: {a.jsonl: 1}"), "'b.jsonl' has no weight"),
+        (GOOD.replace("[a.jsonl]", "[a.jsonl], mix: {a.jsonl: 1, c: 2}"), "'c' in data.mix is no entry"),
+        (GOOD.replace("[a.jsonl]", "[a.jsonl], mix: {a.jsonl: 0}"), "data.mix.a.jsonl"),
+    ],
+)
+def test_stages_and_sources_that_contradict_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(text, tmp_path)
+
+
+def test_the_limit_of_a_row() -> None:
+    answers, raw = config.Stage(), config.Stage(method="cpt")  # type: ignore[call-arg]
+    assert [answers.limit(c) for c in (None, 512)] == [None, 512]
+    assert [raw.limit(c) for c in (None, 512, 8192)] == [1024, 512, 1024]
+    assert config.Stage(max_length=64).limit(512) == 64  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="over the base's context of 512"):
+        config.Stage(method="cpt", max_length=600).limit(512)  # type: ignore[call-arg]

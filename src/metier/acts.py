@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metier import config, machine, records, runs
-from metier.config import Loaded, Spec, registration
-from metier.errors import MetierError, PolicyError, RunError, needs_extra
+from metier.config import Loaded, Spec, Stage, registration
+from metier.errors import DataError, MetierError, PolicyError, RunError, needs_extra
 from metier.records import Score
 from metier.runs import ACTS, Run
 
@@ -136,18 +136,26 @@ def _settings(act: str, loaded: Loaded) -> dict[str, Any]:
     numerics = {k: whole["machine"][k] for k in ("device", "dtype", "threads", "tokens")}
     return {
         "build": {k: whole[k] for k in ("name", "base", "seed", "task", "data")}
-        | {"max_length": whole["train"][0]["max_length"]},
-        "train": {k: whole[k] for k in ("base", "base_sha256", "seed", "train")} | numerics,
+        | {"max_length": [s["max_length"] for s in whole["train"] if s["method"] != "cpt"]},
+        "train": {k: whole[k] for k in ("base", "base_sha256", "seed", "train")}
+        | {"mix": whole["data"]["mix"]}
+        | numerics,
         "prove": {k: whole[k] for k in ("base", "base_sha256", "seed", "prove", "machine")},
         "ship": {k: whole[k] for k in ("name", "base", "base_sha256", "ship")}
         | {"attribution": whole["data"]["attribution"]},
     }[act]
 
 
+# Not every data set holds all of these.
 _READS: dict[str, dict[str, tuple[str, ...]]] = {
-    "train": {"build": ("train.jsonl", "valid.jsonl")},
+    "train": {
+        "build": (
+            *("train.jsonl", "valid.jsonl", "chat_template.jinja"),
+            *("text-train.jsonl", "text-valid.jsonl", "text-test.jsonl", "replay.jsonl"),
+        ),
+    },
     "prove": {
-        "build": ("test.jsonl", "train.jsonl", "task.json"),
+        "build": ("test.jsonl", "train.jsonl", "task.json", "chat_template.jinja"),
         "train": ("registered.json",),
     },
     "ship": {"train": (), "prove": ("verdict.json",), "build": ("task.json",)},
@@ -164,8 +172,9 @@ def _inputs(act: str, loaded: Loaded, run: Run) -> dict[str, str]:
         return build.inputs(loaded) | found
     for earlier, names in _READS[act].items():
         folder = run.require(earlier)
+        there = [n for n in names if (folder / n).is_file()]
         trained = tuned.weights(folder) if earlier == "train" else []
-        found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in (*trained, *names)}
+        found |= {f"{runs.FOLDERS[earlier]}/{n}": runs.sha256(folder / n) for n in (*trained, *there)}
     return found
 
 
@@ -185,9 +194,21 @@ def _build(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     from metier.text.chat import Renderer
 
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
-    made = build.build(loaded, work, Renderer(base.folder))
+    template = _template(loaded)
+    made = build.build(loaded, work, Renderer(base.folder, template), load.stated_context(base), template)
     _keep_openings(run.act("build") / "dataset.json", work / "dataset.json")
     return made
+
+
+def _template(loaded: Loaded) -> str | None:
+    """The chat template that the task gives, as text."""
+    from metier.data import ingest
+    from metier.text.chat import TEMPLATES
+
+    named = loaded.spec.task.template
+    if named is None or named in TEMPLATES:
+        return TEMPLATES.get(named or "")
+    return ingest.text(ingest.beside(loaded, named, "template"), "template")
 
 
 def _keep_openings(before: Path, now: Path) -> None:
@@ -209,6 +230,8 @@ def _hold_claims(loaded: Loaded, run: Run) -> None:
     """Refuses a claim that this task has no grader for; one validation row shows which graders there are."""
     from metier.evaluate import metrics
 
+    if not loaded.spec.data.asks:
+        return
     row = next(iter(records.examples(run.require("build") / "valid.jsonl")))
     metrics.hold_claims(loaded.spec.prove, row.expected)
 
@@ -217,6 +240,12 @@ def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     from metier.evaluate import run as evaluation
     from metier.release import report
 
+    if not loaded.spec.data.asks:
+        raise DataError(
+            "there is nothing to prove on: the data set holds raw text and no questions with answers",
+            where="data",
+            fix="give data.examples: some are learnt from, some are the sealed test",
+        )
     _hold_claims(loaded, run)
     evaluation.measure(loaded, run, work)
     verdict = _judge(loaded, run, work, evaluation.rates(loaded))
@@ -281,7 +310,7 @@ def _known(act: str, run: Run) -> dict[str, Any]:
         return {"counts": card["counts"], "splits": card["splits"]}
     if act == "train":
         made = runs.read_json(folder / "plan.json")
-        return {k: made[k] for k in ("tokens_per_second", "memory_gb")}
+        return {k: made[k] for k in ("tokens_per_second", "memory_gb", "bits_per_byte") if k in made}
     if act == "prove":
         return _verdict_figures(runs.read_json(folder / "verdict.json"))
     return {"pass": runs.read_json(folder / "certificate.json")["pass"]}
@@ -295,17 +324,28 @@ def _forecast(act: str, loaded: Loaded, run: Run) -> dict[str, Any]:
     """What an act would cost, where its inputs are known already."""
     if act != "train" or run.manifest("build") is None:
         return {}
-    card = runs.read_json(run.act("build") / "dataset.json")["splits"]["train"]
-    tokens = card["tokens"] * loaded.spec.train[0].epochs
+    splits = runs.read_json(run.act("build") / "dataset.json")["splits"]
+    stages = [_stage_forecast(stage, splits) for stage in loaded.spec.train]
+    tokens = sum(s["tokens"] for s in stages)
     before = run.manifest("train")
     measured = runs.read_json(run.act("train") / "plan.json")["tokens_per_second"]["measured"] if before else None
     known = {"seconds_expected": round(tokens / measured)} if measured else {}
-    return {"rows": card["rows"], "tokens": round(tokens)} | known
+    return {"rows": sum(s["rows"] for s in stages), "tokens": tokens, "stages": stages} | known
+
+
+def _stage_forecast(stage: Stage, splits: dict[str, Any]) -> dict[str, Any]:
+    """What a stage goes through: its rows (documents, in `cpt`) and the tokens of all its passes."""
+    card = splits["text-train" if stage.method == "cpt" else "train"]
+    return {
+        "method": stage.method,
+        "rows": card["rows"],
+        "tokens": round(card["tokens"] * stage.epochs / (1 - stage.replay)),
+    }
 
 
 def _outputs(act: str, run: Run) -> tuple[str, ...]:
     main = {
-        "build": ("train.jsonl", "valid.jsonl", "test.jsonl", "card.md"),
+        "build": ("train.jsonl", "valid.jsonl", "test.jsonl", "text-train.jsonl", "text-valid.jsonl", "card.md"),
         "train": ("adapter", "model", "metrics.jsonl", "plan.json"),
         "prove": ("report.html", "verdict.json"),
         "ship": ("adapter", "model", "README.md", "certificate.json"),

@@ -22,7 +22,8 @@ from metier.errors import ConfigError, nearest
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 24
-FULL_RATE = 1e-4
+PACK = 1024
+TEMPLATES = ("chatml",)
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -34,6 +35,7 @@ def _no_bool(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool)]
+Weight = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1e6)]
 
 
 class Settings(BaseModel):
@@ -59,6 +61,12 @@ class Task(Settings):
         "`few-shot`. Without it, the instruction with the schema and its allowed values is used.",
     )
     shots: Count = Field(3, ge=1, le=32, description="Nearest training examples shown by the arm `few-shot`.")
+    template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template for a base that has none, or in place of its own: `chatml`, or a Jinja file beside "
+        "the specialist. It may only use control tokens of the base's vocabulary, and is shipped with the adapter.",
+    )
 
 
 class Package(Settings):
@@ -90,6 +98,34 @@ class Data(Settings):
     examples: tuple[str, ...] = Field(
         (), description="JSON Lines files of examples: messages, prompt/completion or instruction/output."
     )
+    mix: dict[str, Weight] = Field(
+        {},
+        description="Weights of the sources in training, such as {chat.jsonl: 1, sql.jsonl: 3}: an epoch draws each in "
+        "proportion to its weight. Keys are the entries of `examples`, and `documents` for what the reader finds; give "
+        "all or none. Without weights every row is drawn once an epoch.",
+    )
+    truncate: bool = Field(
+        False,
+        description="Whether the last question of a row that is too long is cut at its end, with a line in the ledger. "
+        "Otherwise such a row is rejected.",
+    )
+    text: tuple[str, ...] = Field(
+        (),
+        description="Raw text for the method `cpt`: patterns of text or Markdown files, each one document, and of JSON "
+        "Lines files with a `text` a line.",
+    )
+    replay: tuple[str, ...] = Field(
+        (),
+        description="General text, in the same forms, that the method `cpt` mixes in by its `replay`. Without it, the "
+        "base model's own samples.",
+    )
+    held_out: Number = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the raw text's documents that is not trained on: half for validation, half sealed, for "
+        "the bits per byte before and after.",
+    )
     sizes: Sizes = Field(default_factory=Sizes, description="Rows of each split.")
     near_duplicate: Number = Field(
         0.8, gt=0, le=1, description="Jaccard similarity from which two inputs belong to one group."
@@ -107,17 +143,33 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Data:
-        if not (self.documents or self.package or self.examples):
-            raise ValueError("no source: give documents, package or examples")
+        if not (self.asks or self.text):
+            raise ValueError("no source: give documents, package, examples or text")
         if (self.documents or self.package) and not self.reader:
-            raise ValueError("documents need a reader that turns them into examples")
+            raise ValueError("documents need a reader that turns them into examples; raw text belongs in data.text")
         return self
+
+    @model_validator(mode="after")
+    def _mix_names_the_sources(self) -> Data:
+        sources = {*self.examples, *(["documents"] if self.documents or self.package else [])}
+        if self.mix and (wrong := sorted(sources ^ self.mix.keys())):
+            known = "has no weight in data.mix" if wrong[0] in sources else "in data.mix is no entry of data.examples"
+            raise ValueError(f"{wrong[0]!r} {known}; give every source a weight: {', '.join(sorted(sources))}")
+        return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are questions with answers: what every method but `cpt` learns from, and what is proved on."""
+        return bool(self.documents or self.package or self.examples)
 
 
 class Stage(Settings):
     """One stage of training; each starts from the last."""
 
-    method: Literal["sft"] = Field("sft", description="`sft`: supervised fine-tuning on the answers.")
+    method: Literal["sft", "cpt"] = Field(
+        "sft",
+        description="`sft`: supervised fine-tuning on the answers. `cpt`: continued pre-training on `data.text`.",
+    )
     tune: Literal["lora", "full"] = Field(
         "lora", description="What is trained: `lora`, an adapter on the frozen base; `full`, every weight of the base."
     )
@@ -139,16 +191,30 @@ class Stage(Settings):
         description="Bits of the frozen base's linear layers while training: `nf4` 4 bits, `int8` 8 bits, `none` as "
         "released. The adapter is proved and shipped on the base as released.",
     )
-    learning_rate: Number = Field(
-        1e-3, gt=0, le=1, description="Peak learning rate. Unset with `tune: full`: a tenth of this default."
+    learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Peak learning rate. Unset: by the method, the width of the base and `tune`; plan.json says which.",
     )
-    epochs: Number = Field(2, gt=0, le=1000, description="Passes over the training rows.")
+    epochs: Number = Field(2, gt=0, le=1000, description="Passes over the training rows, or packed rows in `cpt`.")
     batch_size: Count = Field(16, ge=1, le=65536, description="Rows per optimizer step.")
     warmup: Number = Field(0.03, ge=0, lt=1, description="Share of steps with a rising learning rate; then cosine.")
     weight_decay: Number = Field(0, ge=0, le=1, description="AdamW weight decay of what is trained; matrices only.")
     clip: Number = Field(1.0, gt=0, le=1e6, description="Largest gradient norm.")
     max_length: Count | None = Field(
-        None, ge=8, description="Most tokens of a row. Unset: the longest row; longer rows are an error, never cut."
+        None,
+        ge=8,
+        description="Most tokens of a row, at most the base's context, which is also what it is where unset. Longer "
+        "rows are rejected when the data is built (see `data.truncate`). In `cpt` documents are split into pieces of "
+        "so many tokens and packed into rows of as many; unset: 1024, or the context where that is smaller.",
+    )
+    replay: Number = Field(
+        0,
+        ge=0,
+        lt=1,
+        description="`cpt` only: share of the tokens that is general text, from `data.replay` or the base's own "
+        "samples, against forgetting.",
     )
     validations: Count = Field(4, ge=0, le=1000, description="Validation passes spread over the stage.")
     patience: Count = Field(
@@ -162,7 +228,7 @@ class Stage(Settings):
     @classmethod
     def _defaults_of_full_tuning(cls, given: Any) -> Any:
         full = isinstance(given, dict) and given.get("tune") == "full"
-        return {"learning_rate": FULL_RATE, "checkpoint_every": 50} | given if full else given
+        return {"checkpoint_every": 50} | given if full else given
 
     @model_validator(mode="after")
     def _variants_go_together(self) -> Stage:
@@ -174,6 +240,28 @@ class Stage(Settings):
         if not self.targets:
             raise ValueError("targets names no module: give names, or all-linear")
         return self
+
+    @model_validator(mode="after")
+    def _replay_is_for_text(self) -> Stage:
+        if self.replay and self.method != "cpt":
+            raise ValueError(f"replay means nothing in the method {self.method}; data.mix weighs sources of examples")
+        return self
+
+    def limit(self, context: int | None) -> int | None:
+        """Most tokens of a row for a base that takes `context` tokens; None where nothing limits it."""
+        if self.max_length and context and self.max_length > context:
+            raise ConfigError(
+                f"max_length {self.max_length:,} is over the base's context of {context:,} tokens",
+                where="train.max_length",
+                fix=f"use at most {context}, or a base with a longer context",
+            )
+        if self.method == "cpt":
+            return self.max_length or min(PACK, context or PACK)
+        return self.max_length or context
+
+
+# The same weights are trained in all stages, so these are the same in each.
+TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save")
 
 
 class Claim(Settings):
@@ -274,7 +362,13 @@ class Spec(Settings):
     seed: Count = Field(0, ge=0, lt=2**63, description="Seed of sampling, initialisation and order.")
     task: Task
     data: Data
-    train: tuple[Stage, ...] = Field((Stage(),), min_length=1, max_length=1, description="Stages of training.")  # type: ignore[call-arg]
+    train: tuple[Stage, ...] = Field(
+        (Stage(),),  # type: ignore[call-arg]
+        min_length=1,
+        max_length=16,
+        description="Stages of training, in order; each goes on with the weights of the last. What is "
+        "trained (`tune` and the adapter's shape) is given in the first and is the same in all.",
+    )
     prove: Prove = Field(default_factory=Prove, description="The proof.")
     ship: Ship = Field(default_factory=Ship, description="The release.")
     machine: Machine = Field(default_factory=Machine, description="How this machine is used.")
@@ -291,6 +385,43 @@ class Spec(Settings):
         made = "model" if self.train[-1].tune == "full" else "adapter"
         if other := [f for f in self.ship.formats or () if f != made]:
             raise ValueError(f"ship.formats: {other[0]} is not what tune: {self.train[-1].tune} makes; it is {made}")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _later_stages_train_the_same(cls, values: Any) -> Any:
+        """A later stage that does not say what is trained trains what the first does."""
+        stages = values.get("train") if isinstance(values, dict) else None
+        if not isinstance(stages, (list, tuple)) or not all(isinstance(s, dict) for s in stages):
+            return values
+        first = {k: stages[0][k] for k in TRAINED if k in stages[0]} if stages else {}
+        return {**values, "train": [first | s for s in stages]}
+
+    @model_validator(mode="after")
+    def _stages_train_the_same(self) -> Spec:
+        for place, stage in enumerate(self.train):
+            for key in TRAINED:
+                first, own = getattr(self.train[0], key), getattr(stage, key)
+                if own != first:
+                    raise ValueError(
+                        f"train.{place}.{key} is {own}, train.0.{key} is {first}: all stages train the same weights"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_their_data(self) -> Spec:
+        for place, stage in enumerate(self.train):
+            if stage.method == "cpt" and not self.data.text:
+                raise ValueError(f"train.{place} continues pre-training and needs data.text")
+            if stage.method != "cpt" and not self.data.asks:
+                hint = "; raw text is learnt by the method cpt" if self.data.text else ""
+                raise ValueError(
+                    f"train.{place} ({stage.method}) needs data.examples, or documents with a reader{hint}"
+                )
+        if self.data.text and not any(s.method == "cpt" for s in self.train):
+            raise ValueError("data.text is learnt by the method cpt: add `- method: cpt` to train")
+        if self.data.replay and not any(s.replay for s in self.train):
+            raise ValueError("data.replay is mixed in by a cpt stage: give it `replay`, such as 0.05")
         return self
 
 

@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metier.errors import needs_extra
@@ -50,8 +50,12 @@ _SMALL = 12
 
 
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Loss by step: every training step faint, their moving average, and validation, from lines of `metrics.jsonl`."""
+    """Loss by step: every training step faint, their moving average, and validation, from lines of `metrics.jsonl`.
+
+    Of several stages each has its own average, and a line with its name where it begins.
+    """
     training, validation = _curves(metrics)
+    borders = _borders(metrics)
     if not training and not validation:
         return ""
     with _style():
@@ -64,15 +68,20 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_axisbelow(True)
         entries = []
         if training:
-            steps, losses = zip(*training, strict=True)
-            axes.plot(steps, losses, color=_PAINT["faint"], linewidth=1)
-            axes.plot(steps, _smooth(losses), color=_PAINT["base"], linewidth=1.8)
+            for part in _parted(training, [at for at, _ in borders]):
+                steps, losses = zip(*part, strict=True)
+                axes.plot(steps, losses, color=_PAINT["faint"], linewidth=1)
+                axes.plot(steps, _smooth(losses), color=_PAINT["base"], linewidth=1.8)
             entries.append(("base", "training, smoothed"))
         if validation:
-            steps, losses = zip(*validation, strict=True)
-            axes.plot(steps, losses, color=_PAINT["tuned"], linewidth=1.8, marker="o", markersize=6)
+            for part in _parted(validation, [at for at, _ in borders]):
+                steps, losses = zip(*part, strict=True)
+                axes.plot(steps, losses, color=_PAINT["tuned"], linewidth=1.8, marker="o", markersize=6)
             entries.append(("tuned", "validation"))
         axes.margins(x=0.02)
+        for at, stage in borders if len(borders) > 1 else ():
+            axes.axvline(at, color=_PAINT["rule"], linewidth=0.8)
+            axes.text(at, 1, f" {stage}", color=_PAINT["quiet"], transform=axes.get_xaxis_transform(), va="bottom")
         _integer_ticks(axes.xaxis)
         axes.set_xlabel("step", color=_PAINT["quiet"])
         _inline_legend(figure, entries)
@@ -151,9 +160,35 @@ def _arm_mark(axes: Any, arm: str, values: tuple[float, float, float], y: float)
 
 
 def _curves(metrics: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(step, loss) of training and of validation; a stage whose steps begin again goes on where the last one ended."""
+    """(step, loss) of training and of validation."""
     training: list[tuple[float, float]] = []
     validation: list[tuple[float, float]] = []
+    for step, line in _placed(metrics):
+        for key, points in (("loss", training), ("valid_loss", validation)):
+            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]):
+                points.append((step, float(line[key])))
+    return training, validation
+
+
+def _borders(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """(step, name) of each stage's beginning, half a step before its first."""
+    first: dict[str, float] = {}
+    for step, line in _placed(metrics):
+        if "loss" in line:
+            first.setdefault(str(line.get("stage", "")), step - 0.5)
+    return [(at, name) for name, at in first.items()]
+
+
+def _parted(points: Sequence[tuple[float, float]], borders: Sequence[float]) -> list[list[tuple[float, float]]]:
+    """The points of each stage; stages without one are left out."""
+    parts: dict[int, list[tuple[float, float]]] = {}
+    for step, value in points:
+        parts.setdefault(sum(step > at for at in borders), []).append((step, value))
+    return list(parts.values())
+
+
+def _placed(metrics: Iterable[Mapping[str, Any]]) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Each line with its step; a stage whose steps begin again goes on where the last one ended."""
     start = last = 0.0
     stage = None
     for line in metrics:
@@ -161,10 +196,7 @@ def _curves(metrics: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, flo
         if line.get("stage", stage) != stage:
             stage, start = line.get("stage"), last if start + step < last else start
         last = start + step
-        for key, points in (("loss", training), ("valid_loss", validation)):
-            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]):
-                points.append((last, float(line[key])))
-    return training, validation
+        yield last, line
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_ROW_BYTES = 1 << 20
+MAX_DOCUMENT_ROW_BYTES = 1 << 27
 MAX_DEPTH = 32
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -96,11 +97,12 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Conversations laid end to end without padding, after the `prefix` they all share.
+    """Conversations or documents laid end to end without padding, after the `prefix` they all share.
 
-    P prefix tokens, B rows, T = sum of row lengths, K supervised positions. Every row attends to the prefix and to
-    itself, never to another row. `predict_K` indexes the T row positions whose next token is `target_K`; the last
-    prefix position is index -1 and predicts nothing, because no row's answer starts right after the shared prefix.
+    P prefix tokens, B rows (a document packed with others is a row here), T = sum of row lengths, K supervised
+    positions. Every row attends to the prefix and to itself, never to another row. `predict_K` indexes the T row
+    positions whose next token is `target_K`; the last prefix position is index -1 and predicts nothing, because no
+    row's answer starts right after the shared prefix.
     """
 
     prefix_P: np.ndarray
@@ -159,25 +161,25 @@ def loads(data: bytes, where: str, limit: int = MAX_ROW_BYTES) -> Any:
     return value
 
 
-def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def objects(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, object) for each line of a JSON Lines file; blank lines are passed over."""
-    for where, data in raw_lines(path):
-        value = loads(data, where)
+    for where, data in raw_lines(path, limit):
+        value = loads(data, where, limit)
         if not isinstance(value, dict):
             raise DataError(f"a {type(value).__name__} where an object belongs", where=where, fix="one object a line")
         yield where, value
 
 
-def raw_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def raw_lines(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[str, bytes]]:
     """(`file:line`, bytes) of each line that is not blank, split on the byte LF only."""
     with path.open("rb") as file:
         number = 0
-        while line := file.readline(MAX_ROW_BYTES + 2):
+        while line := file.readline(limit + 2):
             number += 1
             where = f"{path}:{number}"
-            if len(line) > MAX_ROW_BYTES:
+            if len(line) > limit:
                 raise DataError(
-                    f"a row is over the limit of {MAX_ROW_BYTES:,} bytes", where=where, fix="split the row, or the file"
+                    f"a row is over the limit of {limit:,} bytes", where=where, fix="split the row, or the file"
                 )
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
@@ -197,6 +199,11 @@ def examples(path: Path) -> list[Example]:
         )
         for _, row in objects(path)
     ]
+
+
+def documents(path: Path) -> list[Document]:
+    """The documents of a data set file that Metier wrote."""
+    return [Document(**row) for _, row in objects(path, MAX_DOCUMENT_ROW_BYTES)]
 
 
 def completions(path: Path) -> list[Completion]:

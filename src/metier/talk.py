@@ -22,14 +22,14 @@ def ask(run_folder: Path, text: str) -> dict[str, Any]:
     from metier.evaluate import run as evaluation
     from metier.models import load
     from metier.models.generate import Decoding
-    from metier.text.chat import Renderer
+    from metier.text import chat
 
     machine.prepare(loaded.spec.machine.threads)
     device = machine.device(loaded.spec.machine.device)
     base = load.resolve(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)
     dtype = machine.dtype(loaded.spec.machine.dtype, device)
     pair = tuned.Pair(base, run_folder / "train", dtype=dtype, device=device)
-    renderer = Renderer(base.folder)
+    renderer = chat.of_run(base.folder, run_folder / "data")
     task = runs.read_json(run_folder / "data" / "task.json")
     prompt = renderer.prompt((Message("system", task["instruction"]), Message("user", text)))
     prove = loaded.spec.prove

@@ -51,6 +51,9 @@ class Words:
         words = [(w, m.role == "assistant" and w[0] != "<") for m in messages for w in m.content.split()]
         return Rendered(np.arange(len(words)), np.array([learnt for _, learnt in words], dtype=bool))
 
+    def document(self, text: str, /) -> np.ndarray:
+        raise AssertionError("there is no raw text")
+
 
 def spec(folder: Path, data: dict[str, Any], task: dict[str, Any] | None = None, **more: Any) -> config.Loaded:
     sizes = {"sizes": {"train": 6, "valid": 2, "test": 3}}
@@ -244,7 +247,7 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_never_cut(tmp_path: Pat
     dataset = hold_contract(tmp_path / "data")
     assert dataset["counts"] == {"in": 26, "used": 14, "duplicate": 0, "rejected": 12}
     assert {r for _, _, r in ledger(tmp_path / "data")[14:20]} == {"empty_target: none of its 4 tokens is supervised"}
-    assert {r for _, _, r in ledger(tmp_path / "data")[20:]} == {"too_long: 43 tokens, over max_length 20"}
+    assert {r for _, _, r in ledger(tmp_path / "data")[20:]} == {"too_long: 43 tokens, over the limit of 20"}
     assert max(s["lengths"]["max"] for s in dataset["splits"].values()) <= 20
 
 
@@ -349,6 +352,48 @@ def test_rows_lost_to_the_length_limit_count_and_are_named(tmp_path: Path) -> No
         run(spec(tmp_path, {**data, "max_rejected": 0.24}, train=short), tmp_path / "data")
 
 
+def test_a_question_that_is_too_long_is_cut_where_the_settings_say_so(tmp_path: Path) -> None:
+    long = {"prompt": " ".join(f"w{k}" for k in range(40)), "completion": "the end"}
+    hopeless = {"prompt": "short", "completion": " ".join(f"a{k}" for k in range(40))}
+    put_rows(tmp_path / "p.jsonl", [*pairs(14), long, hopeless])
+    data = {"examples": ["p.jsonl"], "truncate": True, "sizes": {"train": 10, "valid": 2, "test": 3}}
+    run(spec(tmp_path, data, train=[{"max_length": 20}]), tmp_path / "data")
+    lines = rows_of(tmp_path / "data", "ledger")
+    fates = Counter(line["fate"] for line in lines)
+    assert fates == {"used": 14, "truncated": 1, "rejected": 1}
+    assert lines[14]["reason"].startswith("truncated: 44 tokens") and lines[15]["reason"].startswith("too_long: 43")
+    counts = json.loads((tmp_path / "data" / "dataset.json").read_text())["counts"]
+    assert counts == {"in": 16, "used": 15, "duplicate": 0, "rejected": 1}
+    cut = next(r for r in rows_of(tmp_path / "data") if r["id"] == lines[14]["id"])
+    kept = cut["messages"][1]["content"].split()
+    assert kept[:15] == [f"w{k}" for k in range(15)] and len(kept) == 16, "2 + 16 + 2 tokens; the last word may be cut"
+    assert cut["messages"][2]["content"] == "the end", "an answer is never cut"
+
+
+def test_a_row_over_the_bases_context_is_rejected_with_what_to_do(tmp_path: Path) -> None:
+    put_rows(tmp_path / "p.jsonl", [*pairs(14), {"prompt": " ".join(f"w{k}" for k in range(40)), "completion": "x"}])
+    loaded = spec(tmp_path, {"examples": ["p.jsonl"], "sizes": {"train": 10, "valid": 2, "test": 3}})
+    (tmp_path / "data").mkdir()
+    build.build(loaded, tmp_path / "data", Words(), context=30)
+    dataset = hold_contract(tmp_path / "data")
+    assert dataset["reasons"] == {"too_long": 1}
+    assert any("longer than the base" in f["what"] and "data.truncate" in f["fix"] for f in dataset["findings"])
+
+
+def test_a_mixture_marks_rows_and_counts_its_sources(tmp_path: Path) -> None:
+    put_rows(tmp_path / "a.jsonl", pairs(12))
+    put_rows(tmp_path / "b.jsonl", pairs(9, start=50))
+    data = {"examples": ["a.jsonl", "b*.jsonl"], "mix": {"a.jsonl": 1, "b*.jsonl": 3}}
+    data["sizes"] = {"train": 16, "valid": 2, "test": 3}
+    run(spec(tmp_path, data), tmp_path / "data")
+    mix = hold_contract(tmp_path / "data")["mix"]
+    train = Counter(row["source"]["mix"] for row in rows_of(tmp_path / "data", "train"))
+    assert {name: m["rows"] for name, m in mix.items()} == dict(train) and sum(train.values()) == 16
+    assert [m["share"] for m in mix.values()] == [0.25, 0.75]
+    run(spec(tmp_path, {"examples": ["a.jsonl"]}), tmp_path / "plain")
+    assert not any("mix" in row["source"] for row in rows_of(tmp_path / "plain"))
+
+
 def test_a_build_over_the_debris_of_another_is_the_same(tmp_path: Path) -> None:
     put_rows(tmp_path / "p.jsonl", pairs(12))
     work = tmp_path / "data"
@@ -357,9 +402,10 @@ def test_a_build_over_the_debris_of_another_is_the_same(tmp_path: Path) -> None:
     (work / ".train.jsonl.77.tmp").write_text("torn")
     (work / "train.jsonl").write_text("torn")
     run(spec(tmp_path, {"examples": ["p.jsonl"]}), work)
-    assert {p.name for p in work.iterdir()} == {*build.FILES, "fingerprint"}
     run(spec(tmp_path, {"examples": ["p.jsonl"]}), tmp_path / "clean")
-    assert all((work / n).read_bytes() == (tmp_path / "clean" / n).read_bytes() for n in build.FILES)
+    names = {p.name for p in (tmp_path / "clean").iterdir()}
+    assert {p.name for p in work.iterdir()} == {*names, "fingerprint"} and names <= set(build.FILES)
+    assert all((work / n).read_bytes() == (tmp_path / "clean" / n).read_bytes() for n in names)
 
 
 def test_an_input_that_changes_while_it_is_read_publishes_nothing(tmp_path: Path) -> None:

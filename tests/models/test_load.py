@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import write_model
+from conftest import FAMILIES, write_base, write_model
 from metier.errors import ModelError, ResourceError
 from metier.models import load
 
@@ -172,3 +172,9 @@ def test_a_base_that_does_not_fit_in_memory_is_refused_with_the_way_out(
     with pytest.raises(ResourceError) as caught:
         load.model(base, dtype=torch.float32, device=CPU)
     assert "nf4" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "yarn", "longrope"])
+def test_the_stated_context_is_that_of_the_model(tmp_path: Path, name: str) -> None:
+    base = load.resolve(str(write_base(tmp_path, name)), tmp_path)
+    assert load.stated_context(base) == load.context(load.skeleton(base)) == (140 if name == "longrope" else 512)

@@ -351,6 +351,20 @@ def test_a_second_stage_goes_on_where_the_first_ended() -> None:
     assert [step for step, _ in training] == [1, 2, 3, 4, 5, 6]
 
 
+def test_stages_have_their_own_curves_and_a_border() -> None:
+    lines = [{"step": 0, "stage": "cpt", "bits_per_byte": 1.5}]
+    lines += [{"step": n, "stage": "cpt" if n < 5 else "sft", "loss": 9.0 / n} for n in range(1, 9)]
+    lines.insert(5, {"step": 4, "stage": "cpt", "valid_loss": 2.0})
+    assert plots._borders(lines) == [(0.5, "cpt"), (4.5, "sft")]
+    assert [[step for step, _ in part] for part in plots._parted(plots._curves(lines)[0], [0.5, 4.5])] == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+    ]
+    whole = plots.loss_plot(lines)
+    assert " cpt" in whole and " sft" in whole
+    assert " sft" not in plots.loss_plot([m for m in lines if m["stage"] == "sft"]), "one stage needs no name"
+
+
 def test_smoothing_keeps_ends_and_lines() -> None:
     line = [float(i) for i in range(100)]
     assert plots._smooth(line) == pytest.approx(line)

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CHATML, SPECIAL, write_tokenizer
+from metier import config
 from metier.errors import DataError, ModelError
 from metier.records import Message
+from metier.text import chat
 from metier.text.chat import Renderer
 
 TEXTS = st.lists(
@@ -135,6 +137,43 @@ def test_a_model_without_template_gets_the_plain_one(tmp_path: Path) -> None:
     assert not plain.own_template
     out = plain.render([Message("user", "u"), Message("assistant", "a")])
     assert plain.parse(out.ids[out.supervised]) == "a" and json.dumps(plain.template)
+
+
+def test_a_given_template_is_used_in_place_of_the_plain_one(tmp_path: Path, renderer: Renderer) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    messages = [Message("system", "s"), Message("user", "u"), Message("assistant", "a")]
+    given = Renderer(tmp_path, chat.TEMPLATES["chatml"])
+    assert list(given.render(messages).ids) == list(renderer.render(messages).ids)
+    assert given.stop_ids == renderer.stop_ids
+    assert set(chat.TEMPLATES) == set(config.TEMPLATES)
+
+
+def test_a_given_template_without_a_learnable_end_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["added_tokens"] = [t for t in tree["added_tokens"] if t["content"] == "<|endoftext|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ModelError, match="no end token") as caught:
+        Renderer(tmp_path, chat.TEMPLATES["chatml"])
+    assert "<|endoftext|>" in caught.value.fix
+
+
+def test_a_raw_text_stands_between_its_marks(tmp_path: Path, renderer: Renderer) -> None:
+    end = renderer._control["<|endoftext|>"]
+    ids = renderer.document("the <|im_end|> apple\n")
+    assert ids[0] == ids[-1] == end, "the end of a text, not that of a turn"
+    assert not set(ids[1:-1].tolist()) & set(renderer._control.values()), "a mark in the text is text"
+    assert renderer.parse(ids[1:-1]) == "the <|im_end|> apple\n"
+    write_tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    start = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    tokens = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
+    single = [start, {"Sequence": {"id": "A", "type_id": 0}}]
+    tree["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "chat_template.jinja").write_text(CHATML.replace("{% for", "{{ bos_token }}{% for", 1))
+    assert Renderer(tmp_path).document("a")[0] == 1, "what the tokenizer itself puts before a text"
 
 
 def test_a_character_the_vocabulary_cannot_write_is_refused_and_not_lost(tmp_path: Path) -> None:

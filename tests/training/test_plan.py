@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from conftest import write_base
 from metier.errors import ResourceError
 from metier.models import load, lora
-from metier.training.plan import Load, measured, plan, shape
+from metier.training.plan import Load, joined, learning_rate, measured, plan, shape
 
 CONFIG = {
     "hidden_size": 576,
@@ -139,6 +139,32 @@ def test_the_budget_always_takes_the_longest_row() -> None:
 
 
 def test_measurements_stand_beside_predictions() -> None:
-    out = measured(made(), memory_gb=3.21, tokens_per_second=512.3, seconds=300.0)
-    assert out["tokens_per_second"]["measured"] == 512.3 and out["tokens_per_second"]["predicted"] > 0
-    assert out["memory_gb"]["measured"] == 3.21
+    stages = [
+        made() | {"stage": "cpt", "rows": 3, "tokens": 160_000, "steps": 2, "learning_rate": 5e-4},
+        made() | {"stage": "sft", "rows": 9, "tokens": 80_000, "steps": 1, "learning_rate": 1e-3},
+    ]
+    metrics = [
+        {"step": 0, "stage": "cpt", "bits_per_byte": 1.5},
+        {"step": 1, "stage": "cpt", "loss": 2.0, "tokens": 700, "seconds": 1.0},
+        {"step": 2, "stage": "cpt", "loss": 1.0, "tokens": 300, "seconds": 1.0},
+        {"step": 2, "stage": "cpt", "valid_loss": 1.0},
+        {"step": 2, "stage": "cpt", "bits_per_byte": 1.25},
+        {"step": 3, "stage": "sft", "loss": 1.0, "tokens": 100, "seconds": 2.0},
+    ]
+    whole = joined(stages)
+    alone = joined(stages[1:])
+    assert alone["tokens_per_second"] == stages[1]["tokens_per_second"]
+    assert whole["tokens_per_second"]["predicted"] == pytest.approx(stages[0]["tokens_per_second"]["predicted"])
+    assert "cpt: peak learning rate 0.0005" in whole["why"] and len(whole["why"]) == len(made()["why"]) + 2
+    out = measured(whole, metrics, memory_gb=3.21)
+    assert out["tokens_per_second"]["measured"] == 275.0 and out["seconds"]["measured"] == 4.0
+    assert out["memory_gb"]["measured"] == 3.21 and out["bits_per_byte"] == {"cpt": {"before": 1.5, "after": 1.25}}
+    first, second = out["stages"]
+    assert (first["tokens_per_second"]["measured"], second["tokens_per_second"]["measured"]) == (500.0, 50.0)
+    assert "bits_per_byte" in first and "bits_per_byte" not in second
+
+
+def test_rates_fall_with_the_width() -> None:
+    assert [learning_rate("sft", h) for h in (48, 576, 1152, 4096)] == [1e-3, 1e-3, 5e-4, 1.4e-4]
+    assert learning_rate("cpt", 576) == 5e-4
+    assert learning_rate("sft", 4096, tune="full") == 1.4e-5

@@ -79,13 +79,11 @@ def test_a_base_with_windows_and_without_a_system_role_goes_through_every_act(tm
     assert certificate["pass"]
 
 
-def test_rows_over_the_context_are_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_rows_over_the_context_are_refused_by_the_build(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", max_position_embeddings=40)
     spec = write_specialist(tmp_path / "colours", base)
-    metier.build(spec, runs=tmp_path / "runs")
-    with pytest.raises(DataError, match=r"row \S+ has \d+ tokens, over this model's context of 40"):
-        metier.train(spec, runs=tmp_path / "runs")
-    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+    with pytest.raises(DataError, match=r"too_long \(first pairs.jsonl:1: too_long: 67 tokens, over the limit of 40"):
+        metier.build(spec, runs=tmp_path / "runs")
 
 
 def test_claims_changed_after_training_cannot_ship(finished: tuple[Path, Path], tmp_path: Path) -> None:

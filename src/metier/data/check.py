@@ -108,12 +108,15 @@ def findings(
 ) -> list[dict[str, str]]:
     """What a person should know before training on this, and what to do about it."""
     out = [_finding(*f) for f in _label_findings(splits)]
-    if len(splits["train"]) < sizes.train:
+    if "train" in splits and len(splits["train"]) < sizes.train:
         what = f"train has {len(splits['train']):,} rows of the {sizes.train:,} asked for"
         out.append(_finding(what, "give more data, or smaller data.sizes"))
     if conflicts := reasons.get("conflict", 0):
         what = f"{conflicts:,} rows answer a question otherwise than another row does"
         out.append(_finding(what, "look at `conflict` in ledger.jsonl: the labels may be wrong, or need more input"))
+    if long := reasons.get("too_long", 0):
+        what = f"{long:,} rows are longer than the base or train.max_length takes"
+        out.append(_finding(what, "raise train.max_length, split them, or cut their questions: data.truncate=true"))
     if unused:
         keys = ", ".join(f"{k!a} ({n:,} rows)" for k, n in sorted(unused.items())[:8])
         out.append(_finding(f"keys that are not used: {keys}", "nothing, if they are notes; else see the known forms"))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metier import records
+from metier.data import ingest
 from metier.data.ingest import Rejected
 from metier.errors import DataError
-from metier.records import Message
+from metier.records import Document, Message
 
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -75,6 +76,26 @@ def examples(path: Path, name: str = "") -> Iterator[Row | Rejected]:
         raise _nothing_good(path, reasons)
 
 
+def texts(path: Path, name: str, unused: Counter[str]) -> Iterator[Document | Rejected]:
+    """The documents of a file with a `text` a line, in order; other keys are counted in `unused`."""
+    with path.open("rb") as file:
+        _hold_text_file(file, path)
+        for where, data in _lines(file, name):
+            yield _text_row(where, data, unused) if isinstance(data, bytes) else data
+
+
+def _text_row(where: str, data: bytes, unused: Counter[str]) -> Document | Rejected:
+    try:
+        value = records.loads(data, where)
+    except DataError as error:
+        return Rejected(where, refusal(error))
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        shown = f"its keys are {_shown(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
+        return Rejected(where, f"schema: no object with a `text`; {shown}")
+    unused.update(k for k in value if k != "text")
+    return ingest.document(where, value["text"])
+
+
 def code(reason: str) -> str:
     """The part of a reason that rows are counted by."""
     return reason.split(":", 1)[0]
@@ -85,6 +106,15 @@ def summary(rejected: list[Rejected]) -> str:
     counts = Counter(code(r.reason) for r in rejected)
     first = {code(r.reason): r for r in reversed(rejected)}
     return "; ".join(f"{n:,} x {c} (first {first[c].where}: {first[c].reason})" for c, n in counts.most_common(8))
+
+
+def hold_share(rejected: list[Rejected], total: int, most: float, *, left: bool) -> None:
+    """Refuses a source of which more than the share `most` was rejected, or of which nothing is `left`."""
+    if left and len(rejected) <= most * total:
+        return
+    share = f"{len(rejected):,} of {total:,} rows were rejected"
+    limit = f", more than data.max_rejected={most:g} accepts" if left else ""
+    raise DataError(f"{share}{limit}: {summary(rejected)}", where="data", fix="mend the rows named here")
 
 
 def refusal(error: DataError) -> str:

@@ -116,12 +116,15 @@ def documents(loaded: config.Loaded) -> Iterator[Document | Rejected]:
     data = loaded.spec.data
     if data.package:
         yield from _members(data.package)
-    if data.documents:
-        for name, path in paths(loaded, data.documents):
-            if path.stat().st_size > MAX_DOCUMENT_BYTES:
-                yield Rejected(name, f"too_large: over {MAX_DOCUMENT_BYTES:,} bytes")
-            else:
-                yield _document(name, read(path, MAX_DOCUMENT_BYTES))
+    for name, path in paths(loaded, data.documents):
+        yield file_document(name, path)
+
+
+def file_document(name: str, path: Path) -> Document | Rejected:
+    """A text file as one document that people know as `name`."""
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        return Rejected(name, f"too_large: over {MAX_DOCUMENT_BYTES:,} bytes")
+    return _document(name, read(path, MAX_DOCUMENT_BYTES))
 
 
 def readings(reader: Path, documents: Iterable[Document]) -> list[Found | Rejected]:
@@ -275,6 +278,11 @@ def _document(where: str, data: bytes) -> Document | Rejected:
     except UnicodeDecodeError as error:
         wide = " (it looks like UTF-16)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         return Rejected(where, f"not_utf8: byte {error.start} is not UTF-8{wide}")
+    return document(where, content)
+
+
+def document(where: str, content: str) -> Document | Rejected:
+    """A text as a document, or why it is none."""
     if "\0" in content:
         return Rejected(where, "nul_char: the text holds a NUL character")
     if not content.strip():

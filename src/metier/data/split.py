@@ -25,7 +25,7 @@ def split(
     one. A group in one split is in no other. Train may come out smaller than asked, test and valid never do.
     """
     groups = _groups(examples, seed)
-    names = sorted(groups, key=lambda g: _key(seed, g))
+    names = sorted(groups, key=lambda g: key(seed, g))
     _hold_enough(len(names), sizes)
     test, valid = names[: sizes.test], names[sizes.test : sizes.test + sizes.valid]
     rest = names[sizes.test + sizes.valid :]
@@ -70,12 +70,13 @@ def _value(row: Example, field: str) -> str:
 
 def _groups(examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
     groups: dict[str, list[Example]] = {}
-    for example in sorted(examples, key=lambda e: _key(seed, e.id)):
+    for example in sorted(examples, key=lambda e: key(seed, e.id)):
         groups.setdefault(example.group, []).append(example)
     return groups
 
 
-def _key(seed: int, name: str) -> tuple[bytes, str]:
+def key(seed: int, name: str) -> tuple[bytes, str]:
+    """What names are ordered by: a hash that the seed keys."""
     return hashlib.sha256(f"split:{seed}:{name}".encode()).digest(), name
 
 

@@ -26,6 +26,7 @@ from metier.models.schema import Grammar
 from metier.models.tuned import Pair
 from metier.records import Case, Completion, Score
 from metier.runs import Run
+from metier.text import chat
 from metier.text.chat import Renderer
 
 OUTPUTS, SCORES = "outputs.jsonl", "scores.jsonl"
@@ -44,7 +45,7 @@ def measure(loaded: Loaded, run: Run, work: Path) -> None:
     device = machine.device(spec.machine.device)
     dtype = machine.dtype(spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
-    renderer = Renderer(base.folder)
+    renderer = chat.of_run(base.folder, data)
     pair = Pair(base, trained, dtype=dtype, device=device)
     decoding = Decoding(spec.prove.max_new_tokens, spec.prove.temperature, spec.prove.top_p, spec.seed)
 

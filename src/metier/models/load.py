@@ -157,6 +157,15 @@ def context(model: PreTrainedModel) -> int:
     return int(min(originals, default=config.max_position_embeddings))
 
 
+def stated_context(base: Base) -> int | None:
+    """The `context` that the base's config.json states, read without torch; None where it states none."""
+    settings = runs.read_json(base.folder / "config.json")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    long = rope.get("rope_type", rope.get("type")) == "longrope"
+    found = (settings | rope).get("original_max_position_embeddings" if long else "max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def embedded_folder(name: str) -> Path:
     """Where an embedded base lies once it is fetched and converted."""
     return fetch.cache_dir() / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}-v{CONVERSION}"

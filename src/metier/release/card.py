@@ -21,7 +21,7 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
     plan = runs.read_json(run.act("train") / "plan.json")
     parts = [
         "---\n"
-        + yaml.safe_dump(_front_matter(loaded, base, verdict, _stage(run)), sort_keys=False, allow_unicode=True)
+        + yaml.safe_dump(_front_matter(loaded, base, verdict, _stages(run)[0]), sort_keys=False, allow_unicode=True)
         + "---",
         f"# {spec.name}",
         _proved(verdict),
@@ -32,14 +32,14 @@ def model_card(loaded: Loaded, run: Run, base: Base) -> str:
         "## Training\n\n" + _training(run, base, data, plan),
         "## Data\n\n" + _data(loaded, data),
         "## Limits\n\n" + _limits(verdict, loaded.spec.prove.constrained),
-        "## Use\n\n" + _use(base, full=_stage(run).tune == "full"),
+        "## Use\n\n" + _use(base, full=_stages(run)[0].tune == "full"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _stage(run: Run) -> Stage:
-    """The training as it was done."""
-    return Stage.model_validate((run.manifest("train") or {})["settings"]["train"][0])
+def _stages(run: Run) -> list[Stage]:
+    """The stages of training, with every default written out."""
+    return [Stage.model_validate(s) for s in (run.manifest("train") or {})["settings"]["train"]]
 
 
 def _front_matter(loaded: Loaded, base: Base, verdict: dict[str, Any], stage: Stage) -> dict[str, Any]:
@@ -96,13 +96,11 @@ def _estimate(claim: dict[str, Any]) -> str:
 
 def _training(run: Run, base: Base, data: dict[str, Any], plan: dict[str, Any]) -> str:
     settings = (run.manifest("train") or {})["settings"]
-    stage = _stage(run)
-    split = data["splits"]["train"]
+    stages = _stages(run)
+    walked = " ".join(_walked(s, p, data["splits"]) for s, p in zip(stages, plan["stages"], strict=True))
     return (
-        f"{_tuning(stage)} of {base.source} (weights sha256 `{base.sha256}`). "
-        f"{split['rows']:,} rows, {split['supervised_tokens']:,} supervised tokens, "
-        f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
-        f"{plan['dtype']}{_bits(stage.quantize)}, seed {settings['seed']}. "
+        f"{_tuning(stages[0])} of {base.source} (weights sha256 `{base.sha256}`). {walked} "
+        f"{plan['dtype']}{_bits(stages[0].quantize)}, seed {settings['seed']}. "
         f"{plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
         f"{plan['memory_gb']['measured']:.1f} GB peak memory."
@@ -123,6 +121,17 @@ def _tuning(stage: Stage) -> str:
 
 def _bits(quantize: str) -> str:
     return "" if quantize == "none" else f" on a base in {quantize} (proved on the base as released)"
+
+
+def _walked(stage: Stage, planned: dict[str, Any], splits: dict[str, Any]) -> str:
+    split = splits["text-train" if stage.method == "cpt" else "train"]
+    rows = "documents" if stage.method == "cpt" else "rows"
+    replayed = f", {stage.replay:.0%} general text mixed in" if stage.replay else ""
+    return (
+        f"{stage.method}: {split['rows']:,} {rows}, {split['supervised_tokens']:,} supervised tokens{replayed}, "
+        f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, "
+        f"learning rate {planned['learning_rate']:g}."
+    )
 
 
 def _data(loaded: Loaded, data: dict[str, Any]) -> str:

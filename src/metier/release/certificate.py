@@ -22,9 +22,10 @@ from metier.text.chat import Renderer
 LOGITS_TOLERANCE = 1e-3
 
 
-def checks(base: load.Base, proved: Path, shipped: Path, prompts: Sequence[Any]) -> list[dict[str, Any]]:
-    """The shipped folder, an adapter or a model, against the proved one, on real prompts, in float32 on the CPU."""
-    own, theirs = Renderer(base.folder), Renderer(shipped)
+def checks(base: load.Base, own: Renderer, proved: Path, shipped: Path, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """The shipped folder, an adapter or a model, against the proved one, on real prompts that `own` renders, in
+    float32 on the CPU."""
+    theirs = Renderer(shipped)
     ids = [own.prompt(p) for p in prompts]
     unlike = sum(not np.array_equal(i, theirs.prompt(p)) for i, p in zip(ids, prompts, strict=True))
     before, after, bare = (_last_logits(base, folder, ids) for folder in (proved, shipped, None))

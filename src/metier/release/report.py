@@ -473,8 +473,13 @@ def _training(proof: Proof) -> list[tuple[str, str]]:
         facts.append(("training loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"))
     if validation:
         facts.append(("validation loss", f"{validation[0]:.3f} → best {min(validation):.3f}"))
-    stage = proof.spec.train[0]
-    facts.append(("method", f"{stage.method}, LoRA rank {stage.rank}, learning rate {stage.learning_rate:g}"))
+    for name, bits in proof.plan.get("bits_per_byte", {}).items():
+        facts.append((f"bits per byte of held-out text, {name}", f"{bits['before']:.4f} → {bits['after']:.4f}"))
+    planned = proof.plan.get("stages") or [{}] * len(proof.spec.train)
+    for stage, plan in zip(proof.spec.train, planned, strict=True):
+        rate = plan.get("learning_rate", stage.learning_rate)
+        shown = f", learning rate {rate:g}" if rate else ""
+        facts.append(("method", f"{plan.get('stage', stage.method)}, LoRA rank {stage.rank}{shown}"))
     return facts
 
 

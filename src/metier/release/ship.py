@@ -12,6 +12,7 @@ from metier.errors import PolicyError
 from metier.models import load, tuned
 from metier.release import card, certificate
 from metier.runs import Run
+from metier.text import chat
 
 PROMPTS = 32
 
@@ -43,7 +44,7 @@ def _copied(run: Run, base: load.Base, proved: Path, shipped: Path) -> dict[str,
         "path": shipped.name,
         "kind": shipped.name,
         "sha256": runs.digest(hashes) if len(hashes) > 1 else next(iter(hashes.values())),
-        "checks": certificate.checks(base, proved, shipped, prompts),
+        "checks": certificate.checks(base, chat.of_run(base.folder, run.act("build")), proved, shipped, prompts),
     }
 
 

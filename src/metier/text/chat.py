@@ -35,6 +35,13 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES = {
+    "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{{ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+}
+# Models that were taught to chat name the end of a turn as their end token; these end a text.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks an answer, and prints nothing
 _BLANKS = re.compile(r"[^\S\x1c-\x1f]*")  # what the `tokenizers` library takes for white space
@@ -54,17 +61,17 @@ class Rendered:
 
 
 class Renderer:
-    """Messages to ids for one model folder: its `tokenizer.json`, its template, its special tokens.
+    """Messages to ids for one model folder: its `tokenizer.json`, its template or the given one, its special tokens.
 
     `system_role` says whether its template takes system messages, `around` what its tokens write before and behind the
     text of an answer (blanks, or nothing).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: str | None = None) -> None:
         self.folder = folder
         tree = _json(folder / "tokenizer.json")
         settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        self.template, self.own_template = _template(folder, settings)
+        self.template, self.own_template = (template, True) if template else _template(folder, settings)
         self._special = {k: _token(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
         self._control = self._control_ids(tree)
         self._split = re.compile("|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True)))
@@ -108,6 +115,22 @@ class Renderer:
         """Ids (T,) of a conversation up to the point where the assistant begins to answer."""
         pieces = self._pieces(messages, generation_prompt=True)
         return np.array([i for piece, _ in pieces for i in piece], dtype=np.int64)
+
+    def document(self, text: str) -> np.ndarray:
+        """Ids (T,) of a raw text between its marks: what the tokenizer puts before a text, and the end of a text.
+
+        A tokenizer that puts nothing before gives the end mark there, as when texts follow one another.
+        """
+        end = next((self._control[t] for t in (*END_OF_TEXT, self._special["eos_token"]) if t in self._control), None)
+        if end is None:
+            raise ModelError(
+                "the tokenizer has no token that ends a text",
+                where=str(self.folder),
+                fix="use a base whose tokenizer_config.json names an eos_token among its special tokens",
+            )
+        first = self._whole.encode("a", add_special_tokens=True).ids[0]
+        start = first if first in self._control.values() else end
+        return np.array([start, *self._encode(text, self._plain), end], dtype=np.int64)
 
     def parse(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, without the token that ended it; NUL, which no record may hold, as U+FFFD."""
@@ -312,7 +335,8 @@ class Renderer:
             raise ModelError(
                 "the chat template puts no end token behind an answer, so the model could not learn to stop",
                 where=str(self.folder),
-                fix="use a model whose template ends each answer with a special token",
+                fix="use a template that ends each answer with a special token of the vocabulary "
+                f"({', '.join(sorted(self._control)[:8]) or 'it has none'}), or no task.template for the plain one",
             )
         return stops
 
@@ -350,6 +374,12 @@ class Renderer:
         except (DataError, ModelError):
             return False
         return True
+
+
+def of_run(folder: Path, data: Path) -> Renderer:
+    """The renderer of a run: with the template that its data set holds, or that of the base in `folder`."""
+    given = data / TEMPLATE_FILE
+    return Renderer(folder, given.read_text("utf-8") if given.is_file() else None)
 
 
 def _tokenizer(tree: dict[str, Any], folder: Path) -> Tokenizer:

@@ -24,7 +24,7 @@ from metier.models.attention import Rows, hidden_states
 from metier.objectives import supervised
 from metier.records import Batch
 from metier.text import batches
-from metier.text.batches import Row
+from metier.text.batches import Row, Source
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 PIECE = 1 << 24
@@ -32,7 +32,10 @@ PIECE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How a stage walks: rows per step, steps in all, and the learning rate as a function of the step."""
+    """How a stage walks: rows per step, steps in all, and the learning rate as a function of the step.
+
+    Without `sources` an epoch draws each row once.
+    """
 
     steps: int
     batch_size: int
@@ -42,6 +45,7 @@ class Schedule:
     clip: float
     seed: int
     tokens: int
+    sources: tuple[Source, ...] = ()
 
     def rate(self, step: int) -> float:
         """Linear warm-up over the first `warmup` share of steps, then a cosine to zero; `step` counts from 0."""
@@ -122,6 +126,11 @@ class Flat:
         self.value_N.copy_(value_N)
         self._round()
 
+    def forget(self) -> None:
+        """Fresh moments; the values stay."""
+        self.mean_N.zero_()
+        self.square_N.zero_()
+
     def tensors(self) -> dict[str, Tensor]:
         return {"value": self.value_N, "mean": self.mean_N, "square": self.square_N}
 
@@ -137,7 +146,7 @@ def steps(
     """Trains on `rows` and yields after every update, beginning with step number `start`."""
     for step in range(start, schedule.steps):
         began = time.perf_counter()
-        chosen = batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step)
+        chosen = batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step, schedule.sources)
         micro = batches.micro_batches([rows[i] for i in chosen], prefix, schedule.tokens)
         weight = sum(int(b.target_K.size) for b in micro)
         flat.grad_N.zero_()

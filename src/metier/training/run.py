@@ -1,6 +1,7 @@
 """From the data set in the run folder to an adapter: the front of the train act.
 
-Read from top to bottom: load, plan, go on from the newest checkpoint or start, step, validate, save, publish.
+Read from top to bottom: load, plan, go on from the newest checkpoint or start; for every stage step, validate, save;
+then publish. One adapter goes through all stages: each begins with the weights of the last, and with fresh moments.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +20,48 @@ from transformers import PreTrainedModel
 
 from metier import config, machine, plots, progress, records, runs
 from metier.config import Loaded, Stage
-from metier.errors import DataError
 from metier.models import load, lora, quant, recompute, tuned, whole
 from metier.progress import note
 from metier.runs import Run
-from metier.text import batches
-from metier.text.batches import Row
+from metier.text import chat
 from metier.text.chat import Renderer
-from metier.training import checkpoint, loop
-from metier.training.plan import Load, Shape, measured, plan, shape
+from metier.training import checkpoint, loop, replay
+from metier.training.feeds import Feed, feeds
+from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape
 
 METRICS, REGISTERED = "metrics.jsonl", "registered.json"
 
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     """Trains the specialist into `work`; goes on where an interrupted training left it."""
-    spec, stage = loaded.spec, loaded.spec.train[0]
+    spec = loaded.spec
     machine.prepare(spec.machine.threads)
     machine.forget_peak()
     device = machine.device(spec.machine.device)
     dtype = machine.dtype(_begun_with(work) or spec.machine.dtype, device)
     base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
-    renderer = Renderer(base.folder)
+    data = run.require("build")
+    renderer = chat.of_run(base.folder, data)
     if not renderer.system_role:
         note("this base has no system role: instructions stand at the head of the first question, in every arm")
-    data = run.require("build")
-    rows, valid = (_rows(data / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
-    prefix = batches.shared_prefix([*rows, *valid])
 
-    model = load.model(base, dtype=dtype, device=device, quantize=stage.quantize)
-    _hold_context([*rows, *valid], load.context(model), data)
-    flat = loop.Flat(set_free(model, stage, spec.seed))
+    model = load.model(base, dtype=dtype, device=device, quantize=spec.train[0].quantize)
+    general = partial(replay.general, data=data, work=work, model=model, renderer=renderer, seed=spec.seed)
+    stages = feeds(spec, data, renderer, load.context(model), general)
+    flat = loop.Flat(set_free(model, spec.train[0], spec.seed))
     runs.need_space(work, 8 * flat.value_N.nbytes)
-    chosen = _plan(loaded, work, base, model, rows, prefix, dtype, device)
+    chosen = _plan(loaded, work, base, model, stages, dtype, device)
     if chosen["checkpointing"] == "layer":
         recompute.layers(model)
-    schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
 
     if not (work / REGISTERED).is_file():
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
-    log = _Log(work, schedule, stage)
-    _go_on(work, flat, log)
-    _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
-    return _finish(loaded, work, model, flat, chosen, log, base)
+    log = _Log(work)
+    _go_on(work, flat, log, stages)
+    for place, feed in enumerate(stages):
+        if place >= log.place:
+            _stage(model, flat, place, feed, _schedule(feed, spec.seed, chosen["stages"][place]), log)
+    return _finish(work, model, flat, chosen, log, base, renderer)
 
 
 def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Parameter]:
@@ -81,27 +82,31 @@ def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Paramet
     return lora.parameters(model)
 
 
-def _steps(
-    model: PreTrainedModel,
-    flat: loop.Flat,
-    rows: Sequence[Row],
-    valid: Sequence[Row],
-    prefix: int,
-    schedule: loop.Schedule,
-    stage: Stage,
-    work: Path,
-    log: _Log,
-) -> None:
-    total = sum(r.ids.size for r in rows) * schedule.steps * schedule.batch_size / len(rows)
-    done = total * log.step / schedule.steps
-    with runs.stoppable() as stop, progress.bar("train", total, "tokens", done) as advance:
+def _stage(model: PreTrainedModel, flat: loop.Flat, place: int, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+    """One stage, from its beginning or from where the log stands in it; leaves the weights of its best validation."""
+    if log.place < place:
+        flat.forget()
+        log.begin(place, feed)
+        log.measured(_bits_per_byte(model, feed, schedule.tokens))
+    _steps(model, flat, feed, schedule, log)
+    if log.best is not None:
+        flat.take(log.best)
+    log.measured(_bits_per_byte(model, feed, schedule.tokens))
+
+
+def _steps(model: PreTrainedModel, flat: loop.Flat, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+    stage, begun = feed.stage, log.step - log.begun
+    total = feed.tokens() * schedule.steps * schedule.batch_size / feed.draws
+    validate_at = {round(schedule.steps * (i + 1) / stage.validations) for i in range(stage.validations)}
+    done = total * begun / schedule.steps
+    with runs.stoppable() as stop, progress.bar(f"train {feed.name}", total, "tokens", done) as advance:
         if log.stopped_early:
             return
-        for result in loop.steps(model, flat, rows, prefix, schedule, start=log.step):
+        for result in loop.steps(model, flat, feed.rows, feed.prefix, schedule, start=begun):
             log.trained(result)
             advance(result.tokens, f"loss {result.loss:.3f}  {result.tokens / result.seconds:,.0f} tokens/s")
-            if result.step in log.validate_at:
-                log.validated(loop.mean_loss(model, valid, prefix, schedule.tokens), flat)
+            if result.step in validate_at:
+                log.validated(loop.mean_loss(model, feed.valid, feed.prefix, schedule.tokens), flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
             if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
@@ -111,34 +116,47 @@ def _steps(
             stop.check()
 
 
-class _Log:
-    """What has happened so far: the metrics file, the best validation, and when to validate and stop."""
+def _bits_per_byte(model: PreTrainedModel, feed: Feed, tokens: int) -> float | None:
+    """Bits that the model needs for a byte of the stage's held-out documents; None where it has none."""
+    if feed.held_out is None:
+        return None
+    rows = feed.held_out.rows
+    nats = loop.mean_loss(model, rows, 0, tokens) * sum(int(r.supervised.sum()) for r in rows)
+    return nats / math.log(2) / feed.held_out.bytes
 
-    def __init__(self, work: Path, schedule: loop.Schedule, stage: Stage) -> None:
-        self.work, self.stage = work, stage
-        self.step = 0
+
+class _Log:
+    """What has happened so far: the metrics file, which stage is at work since which step, and its best validation.
+
+    `step` counts over all stages; `place` is -1 before the first.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.place, self.begun, self.step = -1, 0, 0
         self.tokens = 0
         self.seconds = 0.0
         self.best_loss = math.inf
         self.best: Tensor | None = None
         self.worse = 0
-        count = stage.validations
-        self.validate_at = {round(schedule.steps * (i + 1) / count) for i in range(count)}
+
+    def begin(self, place: int, feed: Feed) -> None:
+        """A stage begins: it has no best validation yet."""
+        self.place, self.begun, self.feed = place, self.step, feed
+        self.best_loss, self.best, self.worse = math.inf, None, 0
 
     @property
     def stopped_early(self) -> bool:
-        return 0 < self.stage.patience <= self.worse
+        return 0 < self.feed.stage.patience <= self.worse
 
     def trained(self, result: loop.StepResult) -> None:
         self.step, self.tokens, self.seconds = (
-            result.step,
+            self.begun + result.step,
             self.tokens + result.tokens,
             self.seconds + result.seconds,
         )
         self._append(
             {
-                "step": result.step,
-                "stage": self.stage.method,
                 "loss": result.loss,
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
@@ -148,8 +166,12 @@ class _Log:
             }
         )
 
+    def measured(self, bits_per_byte: float | None) -> None:
+        if bits_per_byte is not None:
+            self._append({"bits_per_byte": bits_per_byte})
+
     def validated(self, loss: float, flat: loop.Flat) -> None:
-        self._append({"step": self.step, "stage": self.stage.method, "valid_loss": loss})
+        self._append({"valid_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.best, self.worse = loss, flat.value_N.clone(), 0
         else:
@@ -158,6 +180,8 @@ class _Log:
     def save(self, flat: loop.Flat) -> None:
         tensors = flat.tensors() | ({} if self.best is None else {"best": self.best})
         facts = {
+            "stage": self.place,
+            "begun": self.begun,
             "metrics_bytes": (self.work / METRICS).stat().st_size,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -166,7 +190,8 @@ class _Log:
         }
         checkpoint.save(self.work / "checkpoints", self.step, tensors, facts)
 
-    def restore(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def restore(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], stages: Sequence[Feed]) -> None:
+        self.place, self.begun, self.feed = facts["stage"], facts["begun"], stages[facts["stage"]]
         self.step, self.tokens, self.seconds = step, facts["tokens"], facts["seconds"]
         self.worse = facts["worse"]
         if facts["best_loss"] is not None:
@@ -176,10 +201,10 @@ class _Log:
 
     def _append(self, line: dict[str, Any]) -> None:
         with runs.disk(self.work), (self.work / METRICS).open("ab") as file:
-            file.write(records.lines([line]))
+            file.write(records.lines([{"step": self.step, "stage": self.feed.name, **line}]))
 
 
-def _go_on(work: Path, flat: loop.Flat, log: _Log) -> None:
+def _go_on(work: Path, flat: loop.Flat, log: _Log, stages: Sequence[Feed]) -> None:
     """Restores the newest whole checkpoint, or starts with a clean log."""
     found = checkpoint.newest(work / "checkpoints")
     if found is None:
@@ -187,53 +212,46 @@ def _go_on(work: Path, flat: loop.Flat, log: _Log) -> None:
         return
     step, tensors, facts = found
     flat.restore(tensors)
-    log.restore(step, tensors, facts)
+    log.restore(step, tensors, facts, stages)
     note(f"going on from step {step}")
 
 
 def _finish(
-    loaded: Loaded,
     work: Path,
     model: PreTrainedModel,
     flat: loop.Flat,
     chosen: dict[str, Any],
     log: _Log,
     base: load.Base,
+    renderer: Renderer,
 ) -> dict[str, Any]:
-    """Writes what was trained (as the best validation had it, where there was one), the plot and the measured plan."""
-    if log.best is not None:
-        flat.take(log.best)
-    if loaded.spec.train[0].tune == "full":
+    """Writes what was trained, as the last stage left it, the plot and the measured plan."""
+    if log.feed.stage.tune == "full":
         made = work / tuned.MODEL
         whole.save(model, made, base=base.folder)
     else:
         made = work / tuned.ADAPTER
         lora.save(model, made, base=base.name)
-    copy_tokenizer(base.folder, made)
-    done = measured(
-        chosen,
-        memory_gb=machine.peak_memory_gb(),
-        tokens_per_second=log.tokens / log.seconds,
-        seconds=log.seconds,
-    )
-    runs.write_json(work / "plan.json", done)
+    copy_tokenizer(base.folder, made, renderer)
     metrics = [line for _, line in records.objects(work / METRICS)]
+    done = measured(chosen, metrics, memory_gb=machine.peak_memory_gb())
+    runs.write_json(work / "plan.json", done)
     runs.write(work / "loss.svg", plots.loss_plot(metrics))
     last = [m["loss"] for m in metrics if "loss" in m][-10:]
     return {
         "steps": log.step,
         "loss": sum(last) / len(last),
         "valid_loss": None if log.best is None else log.best_loss,
-        "tokens_per_second": done["tokens_per_second"],
-        "memory_gb": done["memory_gb"],
+        **{key: done[key] for key in ("tokens_per_second", "memory_gb", "bits_per_byte") if key in done},
     }
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, renderer: Renderer) -> None:
     """Puts the tokenizer and chat template that were used beside the trained weights."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).is_file():
             runs.write(target / name, (source / name).read_bytes())
+    runs.write(target / chat.TEMPLATE_FILE, renderer.template)
 
 
 def _begun_with(work: Path) -> str | None:
@@ -241,40 +259,18 @@ def _begun_with(work: Path) -> str | None:
     return str(_json(work / "plan.json")["dtype"]) if (work / "plan.json").is_file() else None
 
 
-def _rows(path: Path, renderer: Renderer, stage: Stage) -> list[Row]:
-    rows = [Row.of(e.id, renderer.render(e.messages)) for e in records.examples(path)]
-    for row in rows:
-        if not row.supervised.any():
-            raise DataError(f"row {row.id} has no answer to learn", where=str(path), fix="run `metier build` again")
-        if stage.max_length and row.ids.size > stage.max_length:
-            raise DataError(
-                f"row {row.id} has {row.ids.size} tokens, over max_length {stage.max_length}",
-                where=str(path),
-                fix="raise train.max_length, or run `metier build` again",
-            )
-    return rows
-
-
-def _hold_context(rows: Sequence[Row], context: int, data: Path) -> None:
-    longest = max(rows, key=lambda row: row.ids.size)
-    if longest.ids.size > context:
-        raise DataError(
-            f"row {longest.id} has {longest.ids.size:,} tokens, over this model's context of {context:,}",
-            where=str(data),
-            fix="shorten the row, or use a base with a longer context",
-        )
-
-
-def _schedule(stage: Stage, rows: int, seed: int, tokens: int) -> loop.Schedule:
+def _schedule(feed: Feed, seed: int, planned: dict[str, Any]) -> loop.Schedule:
+    stage = feed.stage
     return loop.Schedule(
-        steps=max(1, math.ceil(stage.epochs * rows / stage.batch_size)),
+        steps=feed.steps,
         batch_size=stage.batch_size,
-        learning_rate=stage.learning_rate,
+        learning_rate=planned["learning_rate"],
         warmup=stage.warmup,
         weight_decay=stage.weight_decay,
         clip=stage.clip,
         seed=seed,
-        tokens=tokens,
+        tokens=planned["micro_batch_tokens"],
+        sources=feed.sources,
     )
 
 
@@ -283,8 +279,7 @@ def _plan(
     work: Path,
     base: load.Base,
     model: PreTrainedModel,
-    rows: Sequence[Row],
-    prefix: int,
+    stages: Sequence[Feed],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -292,28 +287,32 @@ def _plan(
     path = work / "plan.json"
     if path.is_file():
         return _json(path)
-    stage = loaded.spec.train[0]
-    real = sum(r.ids.size for r in rows)
-    steps = math.ceil(len(rows) / stage.batch_size)
-    made = plan(
-        _counted(shape(load.skeleton(base), rank=stage.rank, targets=stage.targets), model),
-        Load(
-            computed_tokens=real - prefix * (len(rows) - steps),
-            real_tokens=real,
-            supervised_tokens=sum(int(r.supervised.sum()) for r in rows),
-            longest=max(r.ids.size for r in rows),
-            epochs=stage.epochs,
-            steps=steps,
-        ),
-        dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
-        gflops=machine.gflops()["bf16" if dtype == torch.bfloat16 else "fp32"],
-        memory_gb=machine.memory_gb(device),
-        device=device.type,
-        tokens=loaded.spec.machine.tokens,
-        quantize=stage.quantize,
-        weights_per_second=_weights_per_second(stage.quantize, dtype, device),
+    first = loaded.spec.train[0]
+    sizes = _counted(shape(load.skeleton(base), rank=first.rank, targets=first.targets), model)
+    made = joined(
+        [
+            plan(
+                sizes,
+                _load(feed),
+                dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
+                gflops=machine.gflops()["bf16" if dtype == torch.bfloat16 else "fp32"],
+                memory_gb=machine.memory_gb(device),
+                device=device.type,
+                tokens=loaded.spec.machine.tokens,
+                quantize=first.quantize,
+                weights_per_second=_weights_per_second(first.quantize, dtype, device),
+            )
+            | {
+                "stage": feed.name,
+                "rows": feed.draws,
+                "tokens": round(feed.tokens() * feed.stage.epochs),
+                "steps": feed.steps,
+                "learning_rate": feed.stage.learning_rate
+                or learning_rate(feed.stage.method, sizes.hidden, tune=feed.stage.tune),
+            }
+            for feed in stages
+        ]
     )
-    made["why"].append(_why(stage))
     runs.write_json(path, made)
     note(
         f"plan: {made['dtype']} on {device.type}, about {progress.clock(made['seconds']['predicted'])}, "
@@ -336,12 +335,16 @@ def _counted(sizes: Shape, model: PreTrainedModel) -> Shape:
     )
 
 
-def _why(stage: Stage) -> str:
-    """What is trained, and at which rate, in words."""
-    if stage.tune == "lora":
-        return f"learning rate {stage.learning_rate:g}, for an adapter"
-    default = ", a tenth of an adapter's default" if stage.learning_rate == config.FULL_RATE else ""
-    return f"learning rate {stage.learning_rate:g}, as every weight is trained{default}"
+def _load(feed: Feed) -> Load:
+    real = feed.tokens()
+    return Load(
+        computed_tokens=real - feed.prefix * (feed.draws - math.ceil(feed.draws / feed.stage.batch_size)),
+        real_tokens=real,
+        supervised_tokens=feed.tokens(supervised=True),
+        longest=max(r.ids.size for r in feed.rows),
+        epochs=feed.stage.epochs,
+        steps=feed.steps,
+    )
 
 
 def _weights_per_second(quantize: load.Quantize, dtype: torch.dtype, device: torch.device) -> float:
