@@ -104,7 +104,7 @@ def _training(run: Run, base: Base, data: dict[str, Any], plan: dict[str, Any]) 
         f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, learning rate {stage.learning_rate:g}, "
         f"{plan['dtype']}, seed {settings['seed']}. {plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
-        f"{plan['memory_gb']['measured']:.1f} GB peak memory."
+        f"{plan['memory_gb']['measured']:.1f} GB peak memory. {_method(stage)}"
     )
 
 
@@ -118,6 +118,10 @@ def _tuning(stage: Stage) -> str:
     places = "all linear layers" if stage.targets == "all-linear" else ", ".join(stage.targets)
     whole = f", and {', '.join(stage.modules_to_save)} trained whole" if stage.modules_to_save else ""
     return f"LoRA{name}, rank {stage.rank}, alpha {stage.alpha:g}{scale}{dropout}, on {places}{whole}"
+
+
+def _method(stage: Stage) -> str:
+    return f"Method: {stage.method}" + (f", from the teacher {stage.teacher}." if stage.teacher else ".")
 
 
 def _data(loaded: Loaded, data: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ attention makes them independent of what follows, and cheap, because they are of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,11 +20,12 @@ from metier.text.chat import Rendered
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One rendered conversation: ids (T,), supervised (T,)."""
+    """One rendered conversation: ids (T,), supervised (T,); `columns` by name, an entry per supervised token."""
 
     id: str
     ids: np.ndarray
     supervised: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
     def of(name: str, rendered: Rendered) -> Row:
@@ -72,6 +73,7 @@ def layout(rows: Sequence[Row], prefix: int) -> Batch:
         predict_K=np.concatenate(predict).astype(np.int64),
         target_K=np.concatenate(target).astype(np.int64),
         ids=tuple(r.id for r in rows),
+        columns={name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns},
     )
 
 

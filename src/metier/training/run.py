@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from metier.runs import Run
 from metier.text import batches
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, loop
+from metier.training import checkpoint, loop, rollouts, teacher
 from metier.training.plan import Load, Shape, measured, plan, shape
 
 METRICS, REGISTERED = "metrics.jsonl", "registered.json"
+
+Steps = Callable[[int], Iterator[loop.StepResult]]
+Validation = Callable[[], Sequence[Row]]
 
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
@@ -45,10 +49,15 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     data = run.require("build")
     rows, valid = (_rows(data / f"{split}.jsonl", renderer, stage) for split in ("train", "valid"))
     prefix = batches.shared_prefix([*rows, *valid])
+    kept = run.folder / "logps"
+    if stage.method == "distill":
+        rows, valid = teacher.taught((rows, valid), loaded, stage, base, kept, dtype=dtype, device=device)
 
     model = load.model(base, dtype=dtype, device=device)
     _hold_context([*rows, *valid], load.context(model), data)
     flat = loop.Flat(set_free(model, stage, spec.seed))
+    if stage.method == "constrained-sft":
+        rows, valid = teacher.referenced((rows, valid), model, base, kept)
     runs.need_space(work, 8 * flat.value_N.nbytes)
     chosen = _plan(loaded, work, base, model, rows, prefix, dtype, device)
     schedule = _schedule(stage, len(rows), spec.seed, chosen["micro_batch_tokens"])
@@ -57,7 +66,8 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
     log = _Log(work, schedule, stage)
     _go_on(work, flat, log)
-    _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
+    steps, validation = _feed(model, flat, rows, valid, prefix, schedule, stage, renderer, data, work)
+    _steps(model, flat, rows, steps, validation, prefix, schedule, stage, work, log)
     return _finish(loaded, work, model, flat, chosen, log, base)
 
 
@@ -83,7 +93,8 @@ def _steps(
     model: PreTrainedModel,
     flat: loop.Flat,
     rows: Sequence[Row],
-    valid: Sequence[Row],
+    steps: Steps,
+    validation: Validation,
     prefix: int,
     schedule: loop.Schedule,
     stage: Stage,
@@ -95,11 +106,11 @@ def _steps(
     with runs.stoppable() as stop, progress.bar("train", total, "tokens", done) as advance:
         if log.stopped_early:
             return
-        for result in loop.steps(model, flat, rows, prefix, schedule, start=log.step):
+        for result in steps(log.step):
             log.trained(result)
             advance(result.tokens, f"loss {result.loss:.3f}  {result.tokens / result.seconds:,.0f} tokens/s")
             if result.step in log.validate_at:
-                log.validated(loop.mean_loss(model, valid, prefix, schedule.tokens), flat)
+                log.validated(loop.mean_loss(model, validation(), prefix, schedule.tokens, stage), flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
             if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
@@ -107,6 +118,39 @@ def _steps(
             if log.stopped_early:
                 break
             stop.check()
+
+
+def _feed(
+    model: PreTrainedModel,
+    flat: loop.Flat,
+    rows: Sequence[Row],
+    valid: Sequence[Row],
+    prefix: int,
+    schedule: loop.Schedule,
+    stage: Stage,
+    renderer: Renderer,
+    data: Path,
+    work: Path,
+) -> tuple[Steps, Validation]:
+    """The steps of a stage from a given one on, and the rows of a validation: given, or drawn by the student."""
+    if stage.method != "self-distill":
+        return partial(loop.steps, model, flat, rows, prefix, schedule, stage=stage), lambda: valid
+    train, held_out = (
+        rollouts.demonstrations(records.examples(data / f"{split}.jsonl"), renderer) for split in ("train", "valid")
+    )
+    source = rollouts.Rollouts(
+        model=model,
+        stage=stage,
+        seed=schedule.seed,
+        longest=max(row.ids.size - shown.plain_T.size for row, shown in zip(rows, train, strict=True)),
+        end=int(rows[0].ids[rows[0].supervised][-1]),
+        kept=work / "checkpoints" / rollouts.FOLDER,
+    )
+    _hold_context(source.longest_seen([*train, *held_out]), load.context(model), data)
+    return (
+        partial(source.steps, train, flat, rows, prefix, schedule),
+        partial(source.draw, held_out, "validation"),
+    )
 
 
 class _Log:
