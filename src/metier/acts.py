@@ -114,9 +114,13 @@ def hold_extras(act: str) -> None:
 
 
 def _anywhere(loaded: Loaded) -> Spec:
-    """The settings with a base that is a path made absolute, so that the run folder can be used from anywhere."""
-    path = loaded.path(loaded.spec.base)
-    return loaded.spec.model_copy(update={"base": str(path)}) if path.exists() else loaded.spec
+    """The settings with models that are paths made absolute, so that the run folder can be used from anywhere."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(loaded.path(name)) if name and loaded.path(name).exists() else name
+
+    stages = tuple(s.model_copy(update={"teacher": absolute(s.teacher)}) for s in loaded.spec.train)
+    return loaded.spec.model_copy(update={"base": absolute(loaded.spec.base), "train": stages})
 
 
 def plan(loaded: Loaded, run: Run) -> list[Outcome]:
@@ -170,6 +174,10 @@ def _inputs(act: str, loaded: Loaded, run: Run) -> dict[str, str]:
     found = {"base": load.identify(loaded.spec.base, loaded.folder, loaded.spec.base_sha256)}
     if act == "build":
         return build.inputs(loaded) | found
+    if act == "train":
+        found |= {
+            f"teacher {s.teacher}": load.identify(s.teacher, loaded.folder) for s in loaded.spec.train if s.teacher
+        }
     for earlier, names in _READS[act].items():
         folder = run.require(earlier)
         there = [n for n in names if (folder / n).is_file()]

@@ -166,9 +166,12 @@ class Data(Settings):
 class Stage(Settings):
     """One stage of training; each starts from the last."""
 
-    method: Literal["sft", "cpt"] = Field(
+    method: Literal["sft", "constrained-sft", "distill", "self-distill", "cpt"] = Field(
         "sft",
-        description="`sft`: supervised fine-tuning on the answers. `cpt`: continued pre-training on `data.text`.",
+        description="`sft`: supervised fine-tuning on the answers. `constrained-sft`: the same, with the first tokens "
+        "of an answer held near the base. `distill`: a larger model's probabilities at the tokens of the answers. "
+        "`self-distill`: the base's own probabilities with the answer shown to it, at tokens that the specialist draws "
+        "itself. `cpt`: continued pre-training on `data.text`.",
     )
     tune: Literal["lora", "full"] = Field(
         "lora", description="What is trained: `lora`, an adapter on the frozen base; `full`, every weight of the base."
@@ -223,6 +226,40 @@ class Stage(Settings):
     checkpoint_every: Count = Field(
         10, ge=1, le=100_000, description="Steps between checkpoints. Unset with `tune: full`: 50, as they are large."
     )
+    dft: bool = Field(
+        False,
+        description="`sft`: weights each token by its own probability, so that unlikely ones pull less (dynamic "
+        "fine-tuning).",
+    )
+    teacher: str | None = Field(
+        None, min_length=1, description="`distill`: the teacher, named as `base` is; it must have the same tokenizer."
+    )
+    beta: Number = Field(
+        0,
+        ge=0,
+        le=1,
+        description="`distill`: which divergence from the teacher is lowered. 0 is KL(teacher, student), 1 is "
+        "KL(student, teacher), between them lies the generalised Jensen-Shannon divergence.",
+    )
+    temperature: Number = Field(
+        1, gt=0, le=100, description="`distill`: divides the logits of teacher and student; above 1 evens them out."
+    )
+    top_k: Count = Field(
+        64,
+        ge=1,
+        le=1 << 20,
+        description="`distill`, `self-distill`: tokens of the teacher kept at each position, the answer's own among "
+        "them; all others count as one.",
+    )
+    draw_every: Count = Field(
+        4, ge=1, le=100_000, description="`self-distill`: steps that share one round of drawn answers."
+    )
+    ratio_clip: Number = Field(
+        2,
+        ge=1,
+        le=1e6,
+        description="`self-distill`: the most that a token may count for being likelier now than when it was drawn.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -262,6 +299,23 @@ class Stage(Settings):
 
 # The same weights are trained in all stages, so these are the same in each.
 TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save")
+
+    def _settings_of_the_method(self) -> Stage:
+        own = {
+            "sft": {"dft"},
+            "constrained-sft": set(),
+            "cpt": set(),
+            "distill": {"teacher", "beta", "temperature", "top_k"},
+            "self-distill": {"top_k", "draw_every", "ratio_clip"},
+        }
+        for name in sorted(set[str]().union(*own.values()) - own[self.method]):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing in the method {self.method}")
+        if self.method == "self-distill" and self.tune == "full":
+            raise ValueError("self-distill needs tune: lora, because its teacher is the model without the adapter")
+        if self.method == "distill" and self.teacher is None:
+            raise ValueError("the method distill needs a teacher: name a base as in `base`")
+        return self
 
 
 class Claim(Settings):

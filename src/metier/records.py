@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ class Batch:
     predict_K: np.ndarray
     target_K: np.ndarray
     ids: tuple[str, ...]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def real_tokens(self) -> int:
@@ -121,13 +122,13 @@ class Batch:
 def to_json(record: Any) -> dict[str, Any]:
     """A record as a JSON object, fields in declared order, empty optional fields left out."""
     out: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.name == "messages":
+    for name in (f.name for f in fields(record)):
+        value = getattr(record, name)
+        if name == "messages":
             value = [{"role": m.role, "content": m.content} for m in value]
-        if field.name in ("expected", "checks") and (value is None or value == ()):
+        if name in ("expected", "checks") and (value is None or value == ()):
             continue
-        out[field.name] = list(value) if isinstance(value, tuple) else value
+        out[name] = list(value) if isinstance(value, tuple) else value
     return out
 
 

@@ -10,8 +10,8 @@ often a third of all tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,13 +23,15 @@ from metier.text.chat import Rendered
 class Row:
     """One rendered conversation: ids (T,), supervised (T,).
 
-    A row of packed documents has their lengths, which add up to T; no document sees another.
+    A row of packed documents has their lengths, which add up to T; no document sees another. `columns` hold, by name,
+    an entry per supervised token.
     """
 
     id: str
     ids: np.ndarray
     supervised: np.ndarray
     lengths: tuple[int, ...] = ()
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
     def of(name: str, rendered: Rendered) -> Row:
@@ -134,6 +136,7 @@ def layout(rows: Sequence[Row], prefix: int) -> Batch:
         predict_K=np.concatenate(predict).astype(np.int64),
         target_K=np.concatenate(target).astype(np.int64),
         ids=tuple(r.id for r in rows),
+        columns={name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns},
     )
 
 

@@ -100,6 +100,17 @@ def _rendered(path: Path, renderer: Renderer, limit: int | None) -> list[Row]:
     return rows
 
 
+def hold_context(rows: Sequence[Row], context: int, data: Path) -> None:
+    """Refuses a row that a model would have to read beyond its context."""
+    longest = max(rows, key=lambda row: row.ids.size)
+    if longest.ids.size > context:
+        raise DataError(
+            f"row {longest.id} has {longest.ids.size:,} tokens, over this model's context of {context:,}",
+            where=str(data),
+            fix="shorten the row, or use a base with a longer context",
+        )
+
+
 def _mixed(path: Path, mix: dict[str, float]) -> tuple[Source, ...]:
     """The sources of the training rows, each with its share of an epoch that is as long as there are rows."""
     of_row = [e.source["mix"] for e in records.examples(path)]

@@ -3,14 +3,14 @@
 A step is a function of (weights, moments, step number) and (seed, settings, data). Losses come as a sum and a weight;
 the division happens once, here, over all micro-batches of the step.
 
-Shape legend: N trained numbers, laid out in one flat buffer.
+Shape legend: N trained numbers, laid out in one flat buffer; K supervised positions, C columns of a teacher.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from metier.config import Stage
 from metier.errors import NumericError
 from metier.models import head, lora
 from metier.models.attention import Rows, hidden_states
-from metier.objectives import supervised
+from metier.objectives import logps, supervised
 from metier.records import Batch
 from metier.text import batches
 from metier.text.batches import Row, Source
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 PIECE = 1 << 24
+SFT = Stage()  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,15 @@ class Flat:
 
 
 def steps(
-    model: PreTrainedModel, flat: Flat, rows: Sequence[Row], prefix: int, schedule: Schedule, start: int = 0
+    model: PreTrainedModel,
+    flat: Flat,
+    rows: Sequence[Row],
+    prefix: int,
+    schedule: Schedule,
+    start: int = 0,
+    stage: Stage = SFT,
 ) -> Iterator[StepResult]:
-    """Trains on `rows` and yields after every update, beginning with step number `start`."""
+    """Trains on `rows` by the stage's method and yields after every update, beginning with step number `start`."""
     for step in range(start, schedule.steps):
         began = time.perf_counter()
         chosen = batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step, schedule.sources)
@@ -153,7 +161,7 @@ def steps(
         total = 0.0
         for number, batch in enumerate(micro):
             with lora.dropping(model, schedule.seed, step, number):
-                loss_sum, _ = supervised.cross_entropy(logprobs(model, batch))
+                loss_sum, _ = LOSSES[stage.method](model, batch, stage)
                 (loss_sum / weight).backward()
             flat.gather()
             total += float(loss_sum.detach())
@@ -175,25 +183,78 @@ def steps(
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, rows: Sequence[Row], prefix: int, tokens: int) -> float:
-    """Cross-entropy per supervised token over all rows, in nats."""
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], prefix: int, tokens: int, stage: Stage = SFT) -> float:
+    """The loss of the stage's method per supervised token over all rows, in nats."""
     total, weight = 0.0, 0
     for batch in batches.micro_batches(rows, prefix, tokens):
-        loss_sum, count = supervised.cross_entropy(logprobs(model, batch))
+        loss_sum, count = LOSSES[stage.method](model, batch, stage)
         total, weight = total + float(loss_sum), weight + count
     return total / weight
 
 
 def logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(K,) float32 log-probabilities of a batch's supervised tokens; the head sees those positions only."""
+    weight_VD = model.get_output_embeddings().weight
+    target_K = torch.from_numpy(batch.target_K).to(model.device)
+    return head.logprobs(states(model, batch), weight_VD, target_K, softcap=head.softcap(model))
+
+
+def states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(K, D) last hidden states of the positions that predict a batch's supervised tokens."""
     device = model.device
     prefix = int(batch.prefix_P.size)
     rows = Rows(batch.lengths_B.tolist(), prefix=prefix, device=device)
     hidden_TD = hidden_states(model, np.concatenate([batch.prefix_P, batch.tokens_T]), rows)
-    predict_K = torch.from_numpy(batch.predict_K).to(device) + prefix
-    weight_VD = model.get_output_embeddings().weight
-    target_K = torch.from_numpy(batch.target_K).to(device)
-    return head.logprobs(hidden_TD[predict_K], weight_VD, target_K, softcap=head.softcap(model))
+    return hidden_TD[torch.from_numpy(batch.predict_K).to(device) + prefix]
+
+
+def _cross_entropy(model: PreTrainedModel, batch: Batch, stage: Stage) -> tuple[Tensor, int]:
+    return (supervised.dft if stage.dft else supervised.cross_entropy)(logprobs(model, batch))
+
+
+def _constrained(model: PreTrainedModel, batch: Batch, stage: Stage) -> tuple[Tensor, int]:
+    beta_K = supervised.constraint(_column(model, batch, logps.PLACES))
+    return supervised.constrained(logprobs(model, batch), _column(model, batch, logps.REFERENCE_LOGPS), beta_K)
+
+
+def _distill(model: PreTrainedModel, batch: Batch, stage: Stage) -> tuple[Tensor, int]:
+    teacher_KC = _column(model, batch, logps.TEACHER_LOGPS)
+
+    def loss(student_kC: Tensor, chunk: slice) -> Tensor:
+        return supervised.jsd(student_kC, teacher_KC[chunk], beta=stage.beta)[0]
+
+    return _column_loss(model, batch, loss, stage.temperature)
+
+
+def _self_distill(model: PreTrainedModel, batch: Batch, stage: Stage) -> tuple[Tensor, int]:
+    teacher_KC, drawn_K = (_column(model, batch, n) for n in (logps.TEACHER_LOGPS, logps.DRAWN_LOGPS))
+
+    def loss(student_kC: Tensor, chunk: slice) -> Tensor:
+        return supervised.self_distillation(
+            student_kC, teacher_KC[chunk], student_kC[:, 0], drawn_K[chunk], clip=stage.ratio_clip
+        )[0]
+
+    return _column_loss(model, batch, loss, stage.temperature)
+
+
+def _column_loss(model: PreTrainedModel, batch: Batch, loss: head.ColumnLoss, temperature: float) -> tuple[Tensor, int]:
+    ids_KC = _column(model, batch, logps.TEACHER_IDS).long()
+    weight_VD, softcap = model.get_output_embeddings().weight, head.softcap(model)
+    hidden_KD = states(model, batch)
+    return head.column_loss(hidden_KD, weight_VD, ids_KC, loss, softcap=softcap, temperature=temperature), len(ids_KC)
+
+
+def _column(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
+    return torch.from_numpy(batch.columns[name]).to(model.device)
+
+
+LOSSES: dict[str, Callable[[PreTrainedModel, Batch, Stage], tuple[Tensor, int]]] = {
+    "sft": _cross_entropy,
+    "cpt": _cross_entropy,
+    "constrained-sft": _constrained,
+    "distill": _distill,
+    "self-distill": _self_distill,
+}
 
 
 def _hold_finite(loss: float, norm: float, step: int, micro: Sequence[Batch]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,16 @@ from metier.models import load, lora, quant, recompute, tuned, whole
 from metier.progress import note
 from metier.runs import Run
 from metier.text import chat
+from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, loop, replay
-from metier.training.feeds import Feed, feeds
+from metier.training import checkpoint, loop, replay, rollouts, teacher
+from metier.training.feeds import Feed, feeds, hold_context
 from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape
 
 METRICS, REGISTERED = "metrics.jsonl", "registered.json"
+
+Steps = Callable[[int], Iterator[loop.StepResult]]
+Validation = Callable[[], Sequence[Row]]
 
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     general = partial(replay.general, data=data, work=work, model=model, renderer=renderer, seed=spec.seed)
     stages = feeds(spec, data, renderer, load.context(model), general)
     flat = loop.Flat(set_free(model, spec.train[0], spec.seed))
+    stages = [_with_columns(feed, loaded, model, base, run.folder / "logps") for feed in stages]
     runs.need_space(work, 8 * flat.value_N.nbytes)
     chosen = _plan(loaded, work, base, model, stages, dtype, device)
     if chosen["checkpointing"] == "layer":
@@ -56,11 +61,11 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
 
     if not (work / REGISTERED).is_file():
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
-    log = _Log(work)
+    student, log = _Student(model, flat, renderer, data, work), _Log(work)
     _go_on(work, flat, log, stages)
     for place, feed in enumerate(stages):
         if place >= log.place:
-            _stage(model, flat, place, feed, _schedule(feed, spec.seed, chosen["stages"][place]), log)
+            _stage(student, place, feed, _schedule(feed, spec.seed, chosen["stages"][place]), log)
     return _finish(work, model, flat, chosen, log, base, renderer)
 
 
@@ -82,38 +87,88 @@ def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Paramet
     return lora.parameters(model)
 
 
-def _stage(model: PreTrainedModel, flat: loop.Flat, place: int, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+@dataclass(frozen=True)
+class _Student:
+    """What all stages share: the model with its trained numbers, and where it reads and writes."""
+
+    model: PreTrainedModel
+    flat: loop.Flat
+    renderer: Renderer
+    data: Path
+    work: Path
+
+
+def _with_columns(feed: Feed, loaded: Loaded, model: PreTrainedModel, base: load.Base, kept: Path) -> Feed:
+    """The feed with what another model says about its rows, where its method asks one; kept in `kept`."""
+    splits = (feed.rows, feed.valid)
+    if feed.stage.method == "distill":
+        made = teacher.taught(splits, loaded, feed.stage, base, kept, dtype=model.dtype, device=model.device)
+    elif feed.stage.method == "constrained-sft":
+        made = teacher.referenced(splits, model, base, kept)
+    else:
+        return feed
+    return replace(feed, rows=made[0], valid=made[1])
+
+
+def _stage(student: _Student, place: int, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
     """One stage, from its beginning or from where the log stands in it; leaves the weights of its best validation."""
     if log.place < place:
-        flat.forget()
+        student.flat.forget()
         log.begin(place, feed)
-        log.measured(_bits_per_byte(model, feed, schedule.tokens))
-    _steps(model, flat, feed, schedule, log)
+        log.measured(_bits_per_byte(student.model, feed, schedule.tokens))
+    _steps(student, feed, schedule, log)
     if log.best is not None:
-        flat.take(log.best)
-    log.measured(_bits_per_byte(model, feed, schedule.tokens))
+        student.flat.take(log.best)
+    log.measured(_bits_per_byte(student.model, feed, schedule.tokens))
 
 
-def _steps(model: PreTrainedModel, flat: loop.Flat, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
     stage, begun = feed.stage, log.step - log.begun
+    steps, validation = _walk(student, feed, schedule, log.begun)
     total = feed.tokens() * schedule.steps * schedule.batch_size / feed.draws
     validate_at = {round(schedule.steps * (i + 1) / stage.validations) for i in range(stage.validations)}
     done = total * begun / schedule.steps
     with runs.stoppable() as stop, progress.bar(f"train {feed.name}", total, "tokens", done) as advance:
         if log.stopped_early:
             return
-        for result in loop.steps(model, flat, feed.rows, feed.prefix, schedule, start=begun):
+        for result in steps(begun):
             log.trained(result)
             advance(result.tokens, f"loss {result.loss:.3f}  {result.tokens / result.seconds:,.0f} tokens/s")
             if result.step in validate_at:
-                log.validated(loop.mean_loss(model, feed.valid, feed.prefix, schedule.tokens), flat)
+                loss = loop.mean_loss(student.model, validation(), feed.prefix, schedule.tokens, stage)
+                log.validated(loss, student.flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
             if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
-                log.save(flat)
+                log.save(student.flat)
             if log.stopped_early:
                 break
             stop.check()
+
+
+def _walk(student: _Student, feed: Feed, schedule: loop.Schedule, begun: int) -> tuple[Steps, Validation]:
+    """The steps of a stage from a given one on, and the rows of a validation: given, or drawn by the student."""
+    if feed.stage.method != "self-distill":
+        given = (student.model, student.flat, feed.rows, feed.prefix, schedule)
+        return partial(loop.steps, *given, stage=feed.stage), lambda: feed.valid
+    train, held_out = (
+        rollouts.demonstrations(records.examples(student.data / f"{split}.jsonl"), student.renderer)
+        for split in ("train", "valid")
+    )
+    source = rollouts.Rollouts(
+        model=student.model,
+        stage=feed.stage,
+        seed=schedule.seed,
+        longest=max(row.ids.size - shown.plain_T.size for row, shown in zip(feed.rows, train, strict=True)),
+        end=int(feed.rows[0].ids[feed.rows[0].supervised][-1]),
+        kept=student.work / "checkpoints" / f"{rollouts.FOLDER}-{feed.name}",
+        begun=begun,
+    )
+    hold_context(source.longest_seen([*train, *held_out]), load.context(student.model), student.data)
+    return (
+        partial(source.steps, train, student.flat, feed.rows, feed.prefix, schedule),
+        partial(source.draw, held_out, "validation"),
+    )
 
 
 def _bits_per_byte(model: PreTrainedModel, feed: Feed, tokens: int) -> float | None:
