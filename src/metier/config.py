@@ -261,7 +261,7 @@ class Stage(Settings):
 
 
 # The same weights are trained in all stages, so these are the same in each.
-TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save")
+TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save", "quantize")
 
 
 class Claim(Settings):
