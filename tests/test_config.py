@@ -191,6 +191,7 @@ def test_a_later_stage_has_the_adapter_of_the_first(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (TWO + "train: [{method: cpt, rank: 8}, {rank: 4}]\n", "train.1.rank is 4, train.0.rank is 8"),
+        (TWO + "train: [{method: cpt, quantize: nf4}, {quantize: int8}]\n", "train.1.quantize is int8"),
         (TWO, "data.text is learnt by the method cpt"),
         (GOOD + "train: [{method: cpt}]\n", "needs data.text"),
         (GOOD + "train: [{replay: 0.1}]\n", "replay means nothing in the method sft"),

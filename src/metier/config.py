@@ -279,9 +279,21 @@ class Stage(Settings):
         return self
 
     @model_validator(mode="after")
-    def _replay_is_for_text(self) -> Stage:
-        if self.replay and self.method != "cpt":
-            raise ValueError(f"replay means nothing in the method {self.method}; data.mix weighs sources of examples")
+    def _settings_of_the_method(self) -> Stage:
+        own = {
+            "sft": {"dft"},
+            "constrained-sft": set(),
+            "cpt": {"replay"},
+            "distill": {"teacher", "beta", "temperature", "top_k"},
+            "self-distill": {"top_k", "draw_every", "ratio_clip"},
+        }
+        for name in sorted(set[str]().union(*own.values()) - own[self.method]):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing in the method {self.method}")
+        if self.method == "self-distill" and self.tune == "full":
+            raise ValueError("self-distill needs tune: lora, because its teacher is the model without the adapter")
+        if self.method == "distill" and self.teacher is None:
+            raise ValueError("the method distill needs a teacher: name a base as in `base`")
         return self
 
     def limit(self, context: int | None) -> int | None:
@@ -298,24 +310,7 @@ class Stage(Settings):
 
 
 # The same weights are trained in all stages, so these are the same in each.
-TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save")
-
-    def _settings_of_the_method(self) -> Stage:
-        own = {
-            "sft": {"dft"},
-            "constrained-sft": set(),
-            "cpt": set(),
-            "distill": {"teacher", "beta", "temperature", "top_k"},
-            "self-distill": {"top_k", "draw_every", "ratio_clip"},
-        }
-        for name in sorted(set[str]().union(*own.values()) - own[self.method]):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} means nothing in the method {self.method}")
-        if self.method == "self-distill" and self.tune == "full":
-            raise ValueError("self-distill needs tune: lora, because its teacher is the model without the adapter")
-        if self.method == "distill" and self.teacher is None:
-            raise ValueError("the method distill needs a teacher: name a base as in `base`")
-        return self
+TRAINED = ("tune", "rank", "alpha", "rslora", "dora", "dropout", "targets", "modules_to_save", "quantize")
 
 
 class Claim(Settings):

@@ -128,7 +128,8 @@ def _walked(stage: Stage, planned: dict[str, Any], splits: dict[str, Any]) -> st
     rows = "documents" if stage.method == "cpt" else "rows"
     replayed = f", {stage.replay:.0%} general text mixed in" if stage.replay else ""
     return (
-        f"{stage.method}{_teacher(stage)}: {split['rows']:,} {rows}, {split['supervised_tokens']:,} supervised tokens{replayed}, "
+        f"{stage.method}{_teacher(stage)}: {split['rows']:,} {rows}, "
+        f"{split['supervised_tokens']:,} supervised tokens{replayed}, "
         f"at most {stage.epochs:g} epochs, {stage.batch_size} rows a step, "
         f"learning rate {planned['learning_rate']:g}."
     )
