@@ -92,6 +92,10 @@ BAD = {
         "no linear layer is called q_prj",
         "q_proj",
     ),
+    "rank 0": (lambda s: change(s, train=[{"rank": 0}]), "rank: Input should be greater than", "settings.md"),
+    "alpha 0": (lambda s: change(s, train=[{"alpha": 0}]), "alpha: Input should be greater than", "settings.md"),
+    "learning rate 0": (lambda s: change(s, train=[{"learning_rate": 0}]), "learning_rate: Input", "settings.md"),
+    "learning rate over 1": (lambda s: change(s, train=[{"learning_rate": 1e3}]), "learning_rate: Input", "settings"),
     "rank too large": (lambda s: change(s, train=[{"rank": 500}]), "rank 500", "at most"),
     "no such device": (lambda s: change(s, machine={"device": "cuda"}), "there is no cuda here", "cpu"),
 }

@@ -59,6 +59,15 @@ def shell_lines(page: Path) -> list[list[str]]:
     return [w for b in blocks(page, "sh") for line in b.splitlines() if (w := shlex.split(line, comments=True))]
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    named = {w for page in PAGES for w in inline(page) if w.startswith("tests/")}
+    assert any("::" in w for w in named)
+    for word in named:
+        file, _, name = word.partition("::")
+        assert (ROOT / file).exists(), word
+        assert not name or f"def {name}(" in (ROOT / file).read_text("utf-8"), word
+
+
 # Generated pages
 
 

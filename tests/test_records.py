@@ -76,3 +76,9 @@ def test_examples_survive_the_disk(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl").write_bytes(records.lines([made, bare]))
     assert records.examples(tmp_path / "f.jsonl") == [made, bare]
     assert records.case(made).messages == made.messages[:1]
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: Is a directory") as caught:
+        list(records.objects(tmp_path))
+    assert caught.value.where == str(tmp_path) and caught.value.fix

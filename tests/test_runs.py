@@ -70,7 +70,7 @@ def test_a_kill_around_the_two_renames_loses_nothing(tmp_path: Path, cut: str, m
 
         monkeypatch.setattr(Path, "rename", counted)
         if cut == "after":
-            monkeypatch.setattr(runs, "_sync_folder", lambda _: (_ for _ in ()).throw(Killed()))
+            monkeypatch.setattr(runs, "sync", lambda _: (_ for _ in ()).throw(Killed()))
             monkeypatch.setattr(runs, "write_json", lambda p, v: p.write_text(json.dumps(v)))
             monkeypatch.setattr(runs, "write", lambda p, d: p.write_bytes(d.encode() if isinstance(d, str) else d))
         with pytest.raises(Killed):
@@ -140,6 +140,38 @@ def test_a_signal_waits_for_the_safe_moment(number: int, raises: type) -> None:
         with pytest.raises(raises):
             stop.check()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(number: int, code: int) -> None:
+    lines = (
+        "import os, time",
+        "from metier import runs",
+        "with runs.stoppable():",
+        f"    os.kill(os.getpid(), {int(number)})",
+        f"    os.kill(os.getpid(), {int(number)})",
+        "    print('still here')",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout == "" and done.stderr.count("once more stops at once") == 1
+
+
+def test_a_folder_that_is_half_deleted_is_never_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work for f is being deleted for work of g when the process dies; then f is wanted again."""
+    with open_run(tmp_path, "r") as run:
+        (run.work("train", "f") / "a").write_text("kept")
+        monkeypatch.setattr(runs.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.work("train", "g")
+        monkeypatch.undo()
+        assert not (run.work("train", "f") / "a").exists()
+
+
+def test_a_half_written_file_of_a_dead_process_is_cleared(tmp_path: Path) -> None:
+    with open_run(tmp_path, "r") as run:
+        (run.work("train", "f") / ".plan.json.7.tmp").write_text("{")
+    with open_run(tmp_path, "r") as run:
+        assert not list(run.folder.rglob("*.tmp")) and (run.folder / ".work-train").is_dir()
 
 
 def test_a_publication_that_fails_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,8 +240,11 @@ def _hold_claims(loaded: Loaded, run: Run) -> None:
 
     if not loaded.spec.data.asks:
         return
-    row = next(iter(records.examples(run.require("build") / "valid.jsonl")))
-    metrics.hold_claims(loaded.spec.prove, row.expected)
+    path = run.require("build") / "valid.jsonl"
+    rows = records.examples(path)
+    if not rows:
+        raise DataError("no validation rows", where=str(path), fix="give more data, and run `metier build` again")
+    metrics.hold_claims(loaded.spec.prove, rows[0].expected)
 
 
 def _prove(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
@@ -318,7 +321,9 @@ def _known(act: str, run: Run) -> dict[str, Any]:
         return {"counts": card["counts"], "splits": card["splits"]}
     if act == "train":
         made = runs.read_json(folder / "plan.json")
-        return {k: made[k] for k in ("tokens_per_second", "memory_gb", "bits_per_byte") if k in made}
+        return {
+            k: made[k] for k in ("tokens_per_second", "memory_gb", "bits_per_byte", "exact", "inexact") if k in made
+        }
     if act == "prove":
         return _verdict_figures(runs.read_json(folder / "verdict.json"))
     return {"pass": runs.read_json(folder / "certificate.json")["pass"]}

@@ -27,7 +27,7 @@ import filelock
 import platformdirs
 
 from metier.errors import ConfigError, DataError, PolicyError, ResourceError
-from metier.runs import disk, need_space, sha256
+from metier.runs import disk, need_space, sha256, sync
 
 __all__ = ["Package", "cache_dir", "extract", "member", "sha256", "wheel"]
 
@@ -130,7 +130,7 @@ def extract(wheel_path: Path, name: str, target: Path) -> Path:
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(target)
-                _sync_folder(target.parent)
+                sync(target.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -215,22 +215,12 @@ def _verified(package: Package, path: Path) -> Path:
 
 
 def _publish(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(source)
+    for path in (*source.iterdir(), source):
+        sync(path)
     # Only a damaged entry can be there: the lock is held and a sound one would have been used.
     shutil.rmtree(folder, ignore_errors=True)
     source.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder.parent)
 
 
 # --- pip -------------------------------------------------------------------------------------------------------------

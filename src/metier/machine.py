@@ -72,11 +72,16 @@ def key() -> str:
     """Names this machine, its threads and its torch for remembered measurements."""
     import torch
 
+    return runs.digest([processor(), cores(), torch.__version__, torch.backends.cpu.get_cpu_capability()])[:16]
+
+
+def processor() -> str:
+    """The processor's name as it gives it."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().split("\n")
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return runs.digest([model, cores(), torch.__version__, torch.backends.cpu.get_cpu_capability()])[:16]
+    return model
 
 
 def prepare(threads: int = 0) -> None:

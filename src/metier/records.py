@@ -173,6 +173,15 @@ def objects(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[str, dict[
 
 def raw_lines(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[str, bytes]]:
     """(`file:line`, bytes) of each line that is not blank, split on the byte LF only."""
+    try:
+        yield from _raw_lines(path, limit)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror or error}", where=str(path), fix="check the file and its permissions"
+        ) from error
+
+
+def _raw_lines(path: Path, limit: int) -> Iterator[tuple[str, bytes]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(limit + 2):

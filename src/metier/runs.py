@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metier import records
+from metier import progress, records
 from metier.errors import INTERRUPTED, TERMINATED, MetierError, ResourceError, RunError, Terminated
 
 MANIFEST, MARK, SPENT = "act.json", "fingerprint", "spent"
@@ -54,16 +54,39 @@ def write(path: Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk(path, sum(len(piece) for piece in pieces)):
         try:
-            with temporary.open("wb") as file:
+            with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as handle:
                 for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
+                    write_all(handle, piece)
+                os.fsync(handle)
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's or folder's descriptor, closed afterwards."""
+    handle = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Writes all of `data` where the descriptor stands; one call may take less than it was given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to disk."""
+    with opened(path, os.O_RDONLY) as handle:
+        os.fsync(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,8 +94,8 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Strict JSON of a file that Metier wrote; a damaged file is a `RunError` with its name."""
+def read_json(path: Path, *, fix: str = "delete the run folder and run again") -> Any:
+    """Strict JSON of a file that Metier wrote; a damaged file is a `RunError` with its name and this `fix`."""
     try:
         return records.loads(path.read_bytes(), str(path), MAX_JSON_BYTES)
     except FileNotFoundError as error:
@@ -81,13 +104,13 @@ def read_json(path: Path) -> Any:
         raise RunError(
             f"{path.name} is damaged: {error}".split("\n")[0],
             where=str(path),
-            fix="delete the run folder and run again",
+            fix=fix,
         ) from error
 
 
 @contextlib.contextmanager
 def disk(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns a failed write into one clear error; earlier results stay as they were."""
+    """Turns a failed read or write into one clear error; earlier results stay as they were."""
     try:
         yield
     except MetierError:
@@ -106,7 +129,9 @@ def disk_error(error: OSError, path: Path, needed: int = 0) -> ResourceError:
             fix="free some space and run the same command again; earlier results are intact",
         )
     return ResourceError(
-        f"cannot write: {error.strerror or error}", where=str(path), fix="check the folder and its permissions"
+        f"cannot be read or written: {error.strerror or error}",
+        where=str(path),
+        fix="check the folder and its permissions",
     )
 
 
@@ -153,7 +178,8 @@ class Run:
             return f"{FOLDERS[act]}/ is missing"
         for name, expected in manifest["outputs"].items():
             path = self.act(act) / name
-            actual = sha256(path) if path.is_file() else "no file"
+            with disk(path):
+                actual = sha256(path) if path.is_file() else "no file"
             if actual != expected:
                 return f"{FOLDERS[act]}/{name} was altered: expected sha256 {expected[:16]}…, found {actual[:16]}…"
         gone = next((n for n in manifest.get("mutable", ()) if not (self.act(act) / n).is_file()), "")
@@ -171,9 +197,11 @@ class Run:
         """The act's working folder: the one an interrupted act left, if its inputs are the same, or a clean one."""
         folder = self.folder / f".work-{act}"
         mark = folder / MARK
-        if folder.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-            shutil.rmtree(folder)
         with disk(folder):
+            if folder.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
+                # Without its mark, a folder that is only half deleted is never taken for one to go on with.
+                mark.unlink(missing_ok=True)
+                shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
         if not mark.exists():
             write(mark, fingerprint)
@@ -190,14 +218,16 @@ class Run:
     ) -> None:
         """Moves the working folder to its place. Paths that start as `mutable` says may change later."""
         work = self.folder / f".work-{act}"
-        names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-        outputs = {n: sha256(work / n) for n in names if not n.startswith((*mutable, MANIFEST, MARK, SPENT))}
+        with disk(work):
+            names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+            outputs = {n: sha256(work / n) for n in names if not n.startswith((*mutable, MANIFEST, MARK, SPENT))}
+            fingerprint = (work / MARK).read_text()
         write_json(
             work / MANIFEST,
             {
                 "format": FORMAT,
                 "act": act,
-                "fingerprint": (work / MARK).read_text(),
+                "fingerprint": fingerprint,
                 "settings": settings,
                 "inputs": inputs,
                 "outputs": outputs,
@@ -208,27 +238,37 @@ class Run:
         self._swap(act)
 
     def _swap(self, act: str) -> None:
+        """Puts the working folder in the place of the published one, which is kept until the new one stands there."""
         work, target, trash = self.folder / f".work-{act}", self.act(act), self.folder / f".trash-{act}"
         with disk(target):
-            shutil.rmtree(trash, ignore_errors=True)
             for mark in (MARK, SPENT):
                 (work / mark).unlink(missing_ok=True)
-            for path in work.rglob("*"):
-                _sync(path)
+            for path in (work, *work.rglob("*")):
+                sync(path)
             if target.exists():
+                shutil.rmtree(trash, ignore_errors=True)
                 target.rename(trash)
-            work.rename(target)
-            _sync_folder(self.folder)
+            try:
+                work.rename(target)
+            except OSError:
+                if trash.exists():
+                    trash.rename(target)
+                raise
+            sync(self.folder)
             shutil.rmtree(trash, ignore_errors=True)
 
     def recover(self) -> None:
-        """Finishes or undoes a publication that was cut between its two renames."""
+        """Finishes or undoes a publication that was cut between its two renames, and clears half-written files."""
+        with disk(self.folder):
+            for debris in self.folder.rglob(".*.tmp"):
+                debris.unlink(missing_ok=True)
         for act in ACTS:
             work, target, trash = self.folder / f".work-{act}", self.act(act), self.folder / f".trash-{act}"
             if (work / MANIFEST).is_file():
                 self._swap(act)
             elif trash.exists() and not target.exists():
-                trash.rename(target)
+                with disk(target):
+                    trash.rename(target)
             shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -283,13 +323,15 @@ def stoppable() -> Iterator[Stop]:
     """The first Ctrl-C or SIGTERM waits for the next safe moment (`Stop.check`); the second stops at once."""
     stop = Stop()
 
-    def note(number: int, _: types.FrameType | None) -> None:
+    def heed(number: int, _: types.FrameType | None) -> None:
         if stop.signal:
             os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         stop.signal = number
+        if not progress.quiet:  # written past Python's buffers, which the signal may have found half full
+            os.write(2, b"\nstopping at the next safe moment; once more stops at once\n")
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, heed) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: the host program owns the signals
         yield stop
         return
@@ -305,17 +347,3 @@ def existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

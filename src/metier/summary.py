@@ -26,7 +26,10 @@ def lines(outcome: Outcome) -> list[str]:
         ]
     if "tokens_per_second" in figures:
         speed, memory = figures["tokens_per_second"], figures["memory_gb"]
-        return [f"{speed['measured']:,.0f} tokens/s, {memory['measured']:.1f} GB peak memory"]
+        return [
+            f"{speed['measured']:,.0f} tokens/s, {memory['measured']:.1f} GB peak memory",
+            *(f"note: not exact: {reason}" for reason in figures.get("inexact", ())),
+        ]
     if "verdict" in figures:
         return [f"verdict: {figures['verdict']}", *(_claim(c) for c in figures["claims"])]
     if "seconds_expected" in figures:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import write_model
 from metier.errors import NumericError
 from metier.models import load, lora
 from metier.text import batches
@@ -126,6 +127,45 @@ def test_a_step_that_is_not_finite_is_refused_and_not_applied(tiny: Path, poison
         next(loop.steps(model, flat, rows(), 3, SCHEDULE))
     assert "step 1" in caught.value.what and "r0" in caught.value.where
     assert torch.equal(flat.value_N, before)
+
+
+def test_a_poisoned_row_is_named_and_no_other(tmp_path: Path) -> None:
+    """One token's embedding is NaN, and one row holds that token."""
+    folder = write_model(tmp_path, tie_word_embeddings=False)
+    model = load.model(load.resolve(str(folder), folder), dtype=torch.float32, device=CPU)
+    lora.attach(model, rank=4, alpha=8, targets="all-linear", seed=0)
+    flat = loop.Flat(lora.parameters(model))
+    data = rows()
+    strange = next(i for i in data[5].ids[3:] if sum(i in r.ids for r in data) == 1)
+    model.get_input_embeddings().weight.data[int(strange)] = torch.nan
+    before = flat.value_N.clone()
+    with pytest.raises(NumericError) as caught:
+        next(loop.steps(model, flat, data, 3, SCHEDULE))
+    assert caught.value.where == "rows r5" and torch.equal(flat.value_N, before)
+
+
+def test_a_rate_that_explodes_stops_at_its_first_step_that_is_not_finite(tiny: Path) -> None:
+    model = load.model(load.resolve(str(tiny), tiny), dtype=torch.float32, device=CPU)
+    lora.attach(model, rank=4, alpha=8, targets="all-linear", seed=0)
+    flat = loop.Flat(lora.parameters(model))
+    walk = loop.steps(model, flat, rows(), 3, replace(SCHEDULE, learning_rate=1e20, steps=9))
+    kept = []
+    with pytest.raises(NumericError, match="the step was not applied") as caught:
+        kept.extend(flat.value_N.clone() for _ in walk)
+    assert f"step {len(kept) + 1} " in f"{caught.value.what} ".replace(";", " ") and "learning_rate" in caught.value.fix
+    assert kept and torch.equal(flat.value_N, kept[-1]) and bool(torch.isfinite(kept[-1]).all())
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_packed_equals_unpacked_for_every_row(tiny: Path, prefix: int) -> None:
+    """The log-probabilities of each answer in one batch are those of its row alone."""
+    data = rows()
+    model = load.model(load.resolve(str(tiny), tiny), dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        together = loop.logprobs(model, batches.layout(data, prefix))
+        apart = [loop.logprobs(model, batches.layout([row], 0)) for row in data]
+    for got, expected in zip(together.split([a.numel() for a in apart]), apart, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_is_a_sum_over_one_weight(tiny: Path) -> None:

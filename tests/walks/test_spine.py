@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import metier
 from conftest import write_model, write_specialist
-from metier import acts, runs
+from metier import acts
 from metier.errors import DataError
 
 ADAPTER = "train/adapter/adapter_model.safetensors"
@@ -48,8 +44,11 @@ def test_a_second_run_does_nothing(finished: tuple[Path, Path]) -> None:
 
 
 def test_two_runs_are_equal_byte_for_byte(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """The second in a process of its own, with other hashes of texts, another time zone and locale."""
     spec, run = finished
-    metier.run(spec, runs=tmp_path)
+    code = "import sys, metier\nmetier.run(sys.argv[1], runs=sys.argv[2])"
+    other = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code, spec, tmp_path], env=other, check=True)
     for name in SAME:
         assert (tmp_path / "colours" / name).read_bytes() == (run / name).read_bytes(), name
 
@@ -126,54 +125,22 @@ def test_nothing_is_released_on_another_verdict(tiny: Path, tmp_path: Path) -> N
     assert not (tmp_path / "colours" / "release").exists()
 
 
-def _train(spec: str, folder: str) -> None:
-    os.setpgid(0, 0)
-    metier.train(spec, runs=folder)
+def _killed_and_resumed(kills: int) -> None:
+    bench = Path(__file__).parents[2] / "bench" / "kill_resume.py"
+    done = subprocess.run(
+        [sys.executable, bench, "--small", "--kills", str(kills)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ours"] == kills
 
 
-def _killed_and_resumed(spec: Path, folder: Path, kills: int) -> list[str]:
-    """Adapter hashes of runs that were killed at random moments until they finished, children forked ready-warm."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metier.training.run", "metier.acts"])
-    moments = random.Random(0)
-    length, hashes, killed = 60.0, [], 0
-
-    def trained(name: str, most: float | None) -> float:
-        """Trains in a child for `most` seconds; returns how long it ran, or kills it."""
-        nonlocal killed
-        child = context.Process(target=_train, args=(str(spec), str(folder / name)))
-        start = time.monotonic()
-        child.start()
-        child.join(most)
-        if child.is_alive():
-            os.kill(child.pid or 0, signal.SIGKILL)
-            child.join()
-            killed += 1
-        return time.monotonic() - start
-
-    for name in ("warm", "reference"):  # the first also starts the server that forks the children
-        metier.build(spec, runs=folder / name)
-        length = min(length, trained(name, None))
-    while killed < kills:
-        name = f"k{len(hashes)}"
-        metier.build(spec, runs=folder / name)
-        while not (folder / name / "colours" / "train" / runs.MANIFEST).is_file():
-            before = killed
-            took = trained(name, moments.uniform(0.02, length) if killed < kills else None)
-            length = min(length, took) if killed == before else length
-        hashes.append(runs.sha256(folder / name / "colours" / ADAPTER))
-    expected = runs.sha256(folder / "reference" / "colours" / ADAPTER)
-    assert hashes, "no run was finished"
-    return [h for h in hashes if h != expected]
-
-
-def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path) -> None:
-    assert _killed_and_resumed(write_specialist(tmp_path / "colours", tiny), tmp_path, kills=6) == []
+def test_killed_and_resumed_equals_uninterrupted() -> None:
+    _killed_and_resumed(8)
 
 
 @pytest.mark.slow
-def test_killed_two_hundred_times_equals_uninterrupted(tiny: Path, tmp_path: Path) -> None:
-    assert _killed_and_resumed(write_specialist(tmp_path / "colours", tiny, rows=120), tmp_path, kills=200) == []
+def test_killed_two_hundred_times_equals_uninterrupted() -> None:
+    _killed_and_resumed(200)
 
 
 def test_a_killed_proof_goes_on_to_the_same_scores(finished: tuple[Path, Path], tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def attach(
         raise ConfigError(
             f"no linear layer is called {unknown[0]}", where="train.targets", fix=head or nearest(unknown[0], known)
         )
+    if not wanted:
+        raise ConfigError("no module is named", where="train.targets", fix="use all-linear, or names such as [q_proj]")
     chosen = [n for n in linears if any(f".{n}".endswith(f".{w}") for w in wanted)]
     smallest = min(min(linears[n].weight.shape) for n in chosen)
     if rank > smallest:

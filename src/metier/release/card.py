@@ -103,7 +103,7 @@ def _training(run: Run, base: Base, data: dict[str, Any], plan: dict[str, Any]) 
         f"{plan['dtype']}{_bits(stages[0].quantize)}, seed {settings['seed']}. "
         f"{plan['seconds']['measured'] / 60:.1f} minutes at "
         f"{plan['tokens_per_second']['measured']:,.0f} tokens/s on one {plan['device']}, "
-        f"{plan['memory_gb']['measured']:.1f} GB peak memory."
+        f"{plan['memory_gb']['measured']:.1f} GB peak memory.{_inexact(plan)}"
     )
 
 
@@ -137,6 +137,12 @@ def _walked(stage: Stage, planned: dict[str, Any], splits: dict[str, Any]) -> st
 
 def _teacher(stage: Stage) -> str:
     return f" from the teacher {stage.teacher}" if stage.teacher else ""
+
+
+def _inexact(plan: dict[str, Any]) -> str:
+    """Why the training cannot be repeated bit for bit, where it cannot."""
+    reasons = plan.get("inexact", [])
+    return f" It cannot be repeated bit for bit: {'; '.join(reasons)}." if reasons else ""
 
 
 def _data(loaded: Loaded, data: dict[str, Any]) -> str:

@@ -511,7 +511,14 @@ def _predictions(plan: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's choices, and its reasons in its own words."""
-    choices = [(k.replace("_", " "), _number(v)) for k, v in plan.items() if isinstance(v, (str, int, float))]
+    choices = [
+        (k.replace("_", " "), _number(v))
+        for k, v in plan.items()
+        if isinstance(v, (str, int, float)) and not isinstance(v, bool)
+    ]
+    if "exact" in plan:
+        exact = "all steps ran alike" if plan["exact"] else f"not bit for bit: {'; '.join(plan['inexact'])}"
+        choices.append(("repeatable", exact))
     return {"choices": choices, "reasons": plan.get("why", [])}
 
 

@@ -30,6 +30,7 @@ from metier.text.batches import Row, Source
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 PIECE = 1 << 24
 SFT = Stage()  # type: ignore[call-arg]
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,8 @@ def steps(
             total += float(loss_sum.detach())
         norm = float(flat.grad_N.norm())
         loss = total / weight
-        _hold_finite(loss, norm, step, micro)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _not_finite(loss, norm, step, _poisoned(model, [rows[i] for i in chosen], prefix, stage))
         flat.grad_N.mul_(min(1.0, schedule.clip / (norm + 1e-6)))
         rate = schedule.rate(step)
         flat.update(step + 1, rate, schedule.weight_decay)
@@ -257,13 +259,21 @@ LOSSES: dict[str, Callable[[PreTrainedModel, Batch, Stage], tuple[Tensor, int]]]
 }
 
 
-def _hold_finite(loss: float, norm: float, step: int, micro: Sequence[Batch]) -> None:
-    """Refuses a step that would poison the weights; they stay as they were."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    ids = [name for batch in micro for name in batch.ids][:8]
-    raise NumericError(
+@torch.no_grad()
+def _poisoned(model: PreTrainedModel, rows: Sequence[Row], prefix: int, stage: Stage) -> list[Row]:
+    """The rows whose own loss is not finite; where each one's is, all of them."""
+
+    def alone(row: Row) -> float:
+        return float(LOSSES[stage.method](model, batches.layout([row], prefix), stage)[0])
+
+    return [r for r in rows if not math.isfinite(alone(r))] or list(rows)
+
+
+def _not_finite(loss: float, norm: float, step: int, rows: Sequence[Row]) -> NumericError:
+    """The error for a step that would have poisoned the weights; they stay as they were."""
+    shown = ", ".join(r.id for r in rows[:_SHOWN]) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    return NumericError(
         f"the loss ({loss}) or its gradient ({norm}) is not finite in step {step + 1}; the step was not applied",
-        where=f"rows {', '.join(ids)}",
-        fix="lower train.learning_rate, or set machine.dtype to fp32; the run goes on from its last checkpoint",
+        where=f"rows {shown}",
+        fix="where few rows are named, look at them; else lower train.learning_rate, or set machine.dtype to fp32",
     )

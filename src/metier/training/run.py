@@ -6,7 +6,6 @@ then publish. One adapter goes through all stages: each begins with the weights 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +19,19 @@ from transformers import PreTrainedModel
 
 from metier import config, machine, plots, progress, records, runs
 from metier.config import Loaded, Stage
+from metier.errors import ResourceError, RunError
 from metier.models import load, lora, quant, recompute, tuned, whole
 from metier.progress import note
 from metier.runs import Run
 from metier.text import chat
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, loop, replay, rollouts, teacher
+from metier.training import checkpoint, exactness, loop, replay, rollouts, teacher
 from metier.training.feeds import Feed, feeds, hold_context
+from metier.training.metrics import Metrics
 from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape
 
-METRICS, REGISTERED = "metrics.jsonl", "registered.json"
+METRICS, PLAN, REGISTERED, CHECKPOINTS = "metrics.jsonl", "plan.json", "registered.json", "checkpoints"
 
 Steps = Callable[[int], Iterator[loop.StepResult]]
 Validation = Callable[[], Sequence[Row]]
@@ -54,14 +55,16 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     stages = feeds(spec, data, renderer, load.context(model), general)
     flat = loop.Flat(set_free(model, spec.train[0], spec.seed))
     stages = [_with_columns(feed, loaded, model, base, run.folder / "logps") for feed in stages]
-    runs.need_space(work, 8 * flat.value_N.nbytes)
+    # The checkpoints that are kept and one being written, each of four buffers, and the result.
+    runs.need_space(work, (4 * (checkpoint.KEEP + 1) + 1) * flat.value_N.nbytes)
     chosen = _plan(loaded, work, base, model, stages, dtype, device)
     if chosen["checkpointing"] == "layer":
         recompute.layers(model)
 
     if not (work / REGISTERED).is_file():
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
-    student, log = _Student(model, flat, renderer, data, work), _Log(work)
+    under = exactness.fingerprint(device, chosen["dtype"], chosen["micro_batch_tokens"], world_size=1)
+    student, log = _Student(model, flat, renderer, data, work), _Log(work, under)
     _go_on(work, flat, log, stages)
     for place, feed in enumerate(stages):
         if place >= log.place:
@@ -139,8 +142,9 @@ def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) ->
                 log.validated(loss, student.flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
-            if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
-                log.save(student.flat)
+            last = log.stopped_early or result.step == schedule.steps
+            if stop.signal or last or result.step % stage.checkpoint_every == 0:
+                log.save(student.flat, needed=bool(stop.signal))
             if log.stopped_early:
                 break
             stop.check()
@@ -186,8 +190,11 @@ class _Log:
     `step` counts over all stages; `place` is -1 before the first.
     """
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, under: dict[str, Any]) -> None:
+        self.work, self.under = work, under
+        self.metrics = Metrics(work / METRICS)
+        self.inexact: list[str] = []
+        self.unsaved = False
         self.place, self.begun, self.step = -1, 0, 0
         self.tokens = 0
         self.seconds = 0.0
@@ -232,18 +239,32 @@ class _Log:
         else:
             self.worse += 1
 
-    def save(self, flat: loop.Flat) -> None:
+    def save(self, flat: loop.Flat, *, needed: bool) -> None:
+        """Saves a checkpoint. One that is not `needed` may fail: the training goes on, and the next is tried again."""
+        try:
+            self._save(flat)
+            self.unsaved = False
+        except ResourceError as error:
+            if needed:
+                raise
+            if not self.unsaved:
+                note(f"no checkpoint after step {self.step}: {error.what} ({error.where}); training goes on")
+            self.unsaved = True
+
+    def _save(self, flat: loop.Flat) -> None:
         tensors = flat.tensors() | ({} if self.best is None else {"best": self.best})
         facts = {
             "stage": self.place,
             "begun": self.begun,
-            "metrics_bytes": (self.work / METRICS).stat().st_size,
+            "metrics": self.metrics.state(),
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best_loss": None if self.best is None else self.best_loss,
             "worse": self.worse,
+            "under": self.under,
+            "inexact": self.inexact,
         }
-        checkpoint.save(self.work / "checkpoints", self.step, tensors, facts)
+        checkpoint.save(self.work / CHECKPOINTS, self.step, tensors, facts, run=_mark(self.work))
 
     def restore(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], stages: Sequence[Feed]) -> None:
         self.place, self.begun, self.feed = facts["stage"], facts["begun"], stages[facts["stage"]]
@@ -251,19 +272,22 @@ class _Log:
         self.worse = facts["worse"]
         if facts["best_loss"] is not None:
             self.best_loss, self.best = facts["best_loss"], tensors["best"]
-        with runs.disk(self.work), (self.work / METRICS).open("r+b") as file:
-            file.truncate(facts["metrics_bytes"])
+        self.metrics.restore(facts["metrics"])
+        changed = exactness.changes(facts["under"], self.under, step)
+        self.inexact = [*facts["inexact"], *changed]
+        if changed:
+            note(f"not bit for bit what it would have been without the interruption: {'; '.join(changed)}")
 
     def _append(self, line: dict[str, Any]) -> None:
-        with runs.disk(self.work), (self.work / METRICS).open("ab") as file:
-            file.write(records.lines([{"step": self.step, "stage": self.feed.name, **line}]))
+        self.metrics.add({"step": self.step, "stage": self.feed.name, **line})
 
 
 def _go_on(work: Path, flat: loop.Flat, log: _Log, stages: Sequence[Feed]) -> None:
     """Restores the newest whole checkpoint, or starts with a clean log."""
-    found = checkpoint.newest(work / "checkpoints")
+    checkpoint.prepare(work / CHECKPOINTS)
+    found = checkpoint.newest(work / CHECKPOINTS, run=_mark(work), like=flat.tensors())
     if found is None:
-        (work / METRICS).unlink(missing_ok=True)
+        log.metrics.clear()
         return
     step, tensors, facts = found
     flat.restore(tensors)
@@ -288,9 +312,11 @@ def _finish(
         made = work / tuned.ADAPTER
         lora.save(model, made, base=base.name)
     copy_tokenizer(base.folder, made, renderer)
+    log.metrics.state()
     metrics = [line for _, line in records.objects(work / METRICS)]
     done = measured(chosen, metrics, memory_gb=machine.peak_memory_gb())
-    runs.write_json(work / "plan.json", done)
+    exact = {"exact": not log.inexact, "inexact": log.inexact}
+    runs.write_json(work / PLAN, done | {"fingerprint": log.under} | exact)
     runs.write(work / "loss.svg", plots.loss_plot(metrics))
     last = [m["loss"] for m in metrics if "loss" in m][-10:]
     return {
@@ -298,6 +324,7 @@ def _finish(
         "loss": sum(last) / len(last),
         "valid_loss": None if log.best is None else log.best_loss,
         **{key: done[key] for key in ("tokens_per_second", "memory_gb", "bits_per_byte") if key in done},
+        **exact,
     }
 
 
@@ -311,7 +338,25 @@ def copy_tokenizer(source: Path, target: Path, renderer: Renderer) -> None:
 
 def _begun_with(work: Path) -> str | None:
     """The number format that an interrupted training was begun with."""
-    return str(_json(work / "plan.json")["dtype"]) if (work / "plan.json").is_file() else None
+    begun = _begun(work)
+    return str(begun["dtype"]) if begun else None
+
+
+def _begun(work: Path) -> dict[str, Any] | None:
+    """The plan that an interrupted training was begun with."""
+    path, fix = work / PLAN, "delete this file and run again: the plan is then made anew"
+    if not path.is_file():
+        return None
+    found = runs.read_json(path, fix=fix)
+    if not isinstance(found, dict) or not {"dtype", "micro_batch_tokens", "checkpointing", "stages"} <= found.keys():
+        raise RunError("not a plan", where=str(path), fix=fix)
+    return found
+
+
+def _mark(work: Path) -> str:
+    """The fingerprint of the settings and data that the working folder is for."""
+    with runs.disk(work):
+        return (work / runs.MARK).read_text()
 
 
 def _schedule(feed: Feed, seed: int, planned: dict[str, Any]) -> loop.Schedule:
@@ -339,9 +384,8 @@ def _plan(
     device: torch.device,
 ) -> dict[str, Any]:
     """The plan made before the first step; an interrupted training keeps the one it began with."""
-    path = work / "plan.json"
-    if path.is_file():
-        return _json(path)
+    if begun := _begun(work):
+        return begun
     first = loaded.spec.train[0]
     sizes = _counted(shape(load.skeleton(base), rank=first.rank, targets=first.targets), model)
     made = joined(
@@ -368,7 +412,7 @@ def _plan(
             for feed in stages
         ]
     )
-    runs.write_json(path, made)
+    runs.write_json(work / PLAN, made)
     note(
         f"plan: {made['dtype']} on {device.type}, about {progress.clock(made['seconds']['predicted'])}, "
         f"{made['memory_gb']['predicted']:.1f} GB"
@@ -407,7 +451,3 @@ def _weights_per_second(quantize: load.Quantize, dtype: torch.dtype, device: tor
         return math.inf
     name = f"weights_per_second:{quantize}:{dtype}:{device.type}"
     return float(machine.remembered(name, lambda: quant.measured_speed(quantize, dtype, device)))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_bytes()))
