@@ -135,7 +135,7 @@ def _killed_and_resumed(kills: int) -> None:
 
 
 def test_killed_and_resumed_equals_uninterrupted() -> None:
-    _killed_and_resumed(8)
+    _killed_and_resumed(4)
 
 
 @pytest.mark.slow
