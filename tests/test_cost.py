@@ -59,3 +59,10 @@ def test_when_training_has_paid_for_itself() -> None:
     assert cost.answers_to_break_even(0.0505, 2, 3) == 51
     assert cost.answers_to_break_even(0.05, 3, 3) is None
     assert cost.answers_to_break_even(0.05, 4, 3) is None
+
+
+def test_sums_over_processes_by_hand() -> None:
+    # 10 million numbers are 40 MB; two processes send half of it twice, so 40 MB: 0.04 s at 1 GB/s
+    assert cost.sum_seconds(10_000_000, 2, 1.0) == pytest.approx(0.04)
+    assert cost.sum_seconds(10_000_000, 4, 2.0) == pytest.approx(0.03)
+    assert cost.sum_seconds(10_000_000, 1, 1.0) == 0

@@ -22,7 +22,7 @@ HOUSE = (
     ("__main__",),
     ("cli",),
     ("metier",),
-    ("talk", "health", "summary"),
+    ("talk", "health", "summary", "manifests"),
     ("acts", "recipes"),
     ("release",),
     ("training",),

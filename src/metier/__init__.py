@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metier.runs import Run
 
 __version__ = "0.1.0"
-__all__ = ["ask", "build", "doctor", "new", "prove", "run", "ship", "train"]
+__all__ = ["ask", "build", "cluster", "doctor", "new", "prove", "run", "ship", "train"]
 
 
 def build(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
@@ -49,6 +49,8 @@ def run(
     """Every act that is out of date, in order. Stops before `ship` where the verdict is not `ship`."""
     from metier import acts
 
+    if not dry and (followed := _followed(spec, runs, settings)):
+        return [followed]
     with _opened(spec, runs, settings, dry) as (loaded, opened):
         return acts.plan(loaded, opened) if dry else acts.perform_all(loaded, opened)
 
@@ -67,6 +69,31 @@ def new(recipe: str, folder: str | Path) -> Path:
     return copy(recipe, Path(folder))
 
 
+def cluster(
+    spec: str | Path,
+    *,
+    on: str,
+    machines: int = 2,
+    cpus: int = 8,
+    memory_gb: int = 32,
+    accelerators: str = "",
+    image: str = f"metier:{__version__}",
+    claim: str = "metier",
+    settings: Sequence[str] = (),
+) -> str:
+    """The YAML that trains a specialist on `kubernetes` or `skypilot`; nothing is started."""
+    from metier import config
+    from metier.errors import ConfigError, nearest
+    from metier.manifests import Machines, kubernetes, skypilot
+
+    loaded, each = config.load(spec, settings), Machines(machines, cpus, memory_gb, accelerators)
+    if on == "kubernetes":
+        return kubernetes(loaded, each, settings, image=image, claim=claim)
+    if on == "skypilot":
+        return skypilot(loaded, each, settings, version=__version__)
+    raise ConfigError(f"no files are written for {on!r}", where="on", fix=nearest(on, ("kubernetes", "skypilot")))
+
+
 def doctor() -> dict[str, Any]:
     """What this machine can do."""
     from metier.health import examine
@@ -77,8 +104,21 @@ def doctor() -> dict[str, Any]:
 def _act(act: str, spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bool) -> Outcome:
     from metier import acts
 
+    if not dry and (followed := _followed(spec, runs, settings)):
+        return followed
     with _opened(spec, runs, settings, dry) as (loaded, opened):
         return acts.perform(act, loaded, opened, dry=dry)
+
+
+def _followed(spec: str | Path, runs: str | Path, settings: Sequence[str]) -> Outcome | None:
+    """What a process does that another one of its world leads; None for the leader, and for a process alone."""
+    from metier import acts, config
+    from metier.training import world
+
+    if not world.follows():
+        return None
+    loaded = config.load(spec, settings)
+    return acts.follow(loaded, Path(runs) / loaded.spec.name)
 
 
 @contextmanager
@@ -86,13 +126,15 @@ def _opened(spec: str | Path, runs: str | Path, settings: Sequence[str], dry: bo
     from metier import config
     from metier.errors import ConfigError
     from metier.runs import open_run
+    from metier.training import world
 
-    loaded = config.load(spec, settings)
-    if (Path(runs) / loaded.spec.name).resolve() == loaded.folder:
-        raise ConfigError(
-            "the run would land in the specialist's own folder",
-            where=str(loaded.folder),
-            fix="give another --runs folder",
-        )
-    with open_run(Path(runs), loaded.spec.name, create=not dry) as run:
-        yield loaded, run
+    with world.leading():
+        loaded = config.load(spec, settings)
+        if (Path(runs) / loaded.spec.name).resolve() == loaded.folder:
+            raise ConfigError(
+                "the run would land in the specialist's own folder",
+                where=str(loaded.folder),
+                fix="give another --runs folder",
+            )
+        with open_run(Path(runs), loaded.spec.name, create=not dry) as run:
+            yield loaded, run

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metier import config, machine, records, runs
+from metier import config, machine, progress, records, runs
 from metier.config import Loaded, Spec, Stage, registration
 from metier.errors import DataError, MetierError, PolicyError, RunError, needs_extra
 from metier.records import Score
@@ -23,7 +24,7 @@ from metier.runs import ACTS, Run
 if TYPE_CHECKING:
     from metier.cost import Rates
 
-DONE, FRESH, PLANNED = "done", "up to date", "would be done"
+DONE, FRESH, PLANNED, FOLLOWED = "done", "up to date", "would be done", "took part"
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,14 @@ def _settings(act: str, loaded: Loaded) -> dict[str, Any]:
     """The settings an act reads; a change in any other leaves it up to date."""
     whole = config.tree(loaded.spec)
     numerics = {k: whole["machine"][k] for k in ("device", "dtype", "threads", "tokens")}
+    alone = {k: v for k, v in whole["machine"].items() if k not in ("on", "workers", "shard", "timeout_seconds")}
     return {
         "build": {k: whole[k] for k in ("name", "base", "seed", "task", "data")}
         | {"max_length": [s["max_length"] for s in whole["train"] if s["method"] != "cpt"]},
         "train": {k: whole[k] for k in ("base", "base_sha256", "seed", "train")}
         | {"mix": whole["data"]["mix"]}
         | numerics,
-        "prove": {k: whole[k] for k in ("base", "base_sha256", "seed", "prove", "machine")},
+        "prove": {k: whole[k] for k in ("base", "base_sha256", "seed", "prove")} | {"machine": alone},
         "ship": {k: whole[k] for k in ("name", "base", "base_sha256", "ship")}
         | {"attribution": whole["data"]["attribution"]},
     }[act]
@@ -231,7 +233,23 @@ def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     from metier.training import run as training
 
     _hold_claims(loaded, run)
+    if loaded.spec.machine.on == "ray":
+        from metier.training import workers
+
+        return workers.train(loaded, run, work)
     return training.train(loaded, run, work)
+
+
+def follow(loaded: Loaded, folder: Path) -> Outcome:
+    """The part of a process whose world is led by another: it trains along when called, and keeps nothing."""
+    from metier.training import run as training
+    from metier.training import world
+
+    progress.quiet = True
+    if world.called():
+        with tempfile.TemporaryDirectory(prefix="metier-") as scratch:
+            training.train(loaded, Run(folder), Path(scratch))
+    return Outcome("train", folder, FOLLOWED)
 
 
 def _hold_claims(loaded: Loaded, run: Run) -> None:

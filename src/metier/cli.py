@@ -127,6 +127,26 @@ def new(recipe: str, folder: str, as_json: bool) -> None:
 
 
 @commands.command()
+@click.argument("spec", metavar="SPEC")
+@click.option("--on", type=click.Choice(["kubernetes", "skypilot"]), required=True, help="What the file is for.")
+@click.option("--machines", default=2, show_default=True, type=click.IntRange(1, 1024), help="How many machines.")
+@click.option("--cpus", default=8, show_default=True, type=click.IntRange(1, 1024), help="Cores of each machine.")
+@click.option("--memory-gb", default=32, show_default=True, type=click.IntRange(1), help="Memory of each machine.")
+@click.option("--accelerators", default="", metavar="KIND:NUMBER", help="GPUs of each machine, as H100:8.")
+@click.option("--image", default=f"metier:{metier.__version__}", show_default=True, help="Container image.")
+@click.option("--claim", default="metier", show_default=True, help="PersistentVolumeClaim that all pods may write.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting, as train.rank=8.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+def cluster(on: str, as_json: bool, **words: Any) -> None:
+    """Print the file that trains SPEC on several machines; nothing is started."""
+    text = metier.cluster(on=on, **words)
+    if as_json:
+        _out({"on": on, "yaml": text})
+    else:
+        click.echo(text, nl=False)
+
+
+@commands.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
 def doctor(as_json: bool) -> None:
     """Say what this machine can do: cores, memory, speeds, caches, extras."""
@@ -170,7 +190,9 @@ def main() -> NoReturn:
 
 
 def _fail(error: MetierError, as_json: bool) -> int:
-    if as_json:
+    from metier.training import world
+
+    if as_json and not world.follows():
         _out({"error": error.record()})
     else:
         click.echo(f"metier: {_printable(str(error))}", err=True)
@@ -207,6 +229,10 @@ def _bug(error: Exception) -> MetierError:
 
 
 def _print(outcomes: list[Outcome], as_json: bool, dry: bool) -> None:
+    from metier import acts
+
+    if outcomes[0].status == acts.FOLLOWED:
+        return
     if as_json:
         records = [o.record() for o in outcomes]
         last = outcomes[-1]

@@ -394,6 +394,29 @@ class Machine(Settings):
         0, ge=0, le=1 << 20, description="Tokens computed at once in training; 0 lets the plan decide."
     )
     dollars_per_hour: Number = Field(0.10, ge=0, le=10_000, description="Price of this machine, for the cost figures.")
+    on: Literal["local", "ray"] = Field(
+        "local",
+        description="Who starts the processes that train: `local`: you do, one or, with `torchrun`, several; `ray`: a "
+        "Ray cluster, which is started on this machine where none is running.",
+    )
+    workers: Count = Field(1, ge=1, le=4096, description="Processes that train, with `on: ray`.")
+    shard: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether several processes spread the frozen base over all of them (FSDP2) instead of holding a "
+        "copy each; `auto`: on GPUs, where the plan says that a copy does not fit.",
+    )
+    timeout_seconds: Count = Field(
+        600, ge=1, le=86_400, description="Longest wait of one process for another before training ends with an error."
+    )
+
+    @model_validator(mode="after")
+    def _workers_are_started_by_ray(self) -> Machine:
+        if self.on == "local" and self.workers != 1:
+            raise ValueError(
+                "workers are started with `on: ray`; several local processes by "
+                f"`torchrun --nproc-per-node {self.workers} -m metier train SPEC`"
+            )
+        return self
 
 
 class Spec(Settings):

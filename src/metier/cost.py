@@ -49,6 +49,14 @@ def training_cost(seconds: float, dollars_per_hour: float) -> float:
     return seconds * dollars_per_hour / 3600
 
 
+def sum_seconds(numbers: int, processes: int, gb_per_second: float) -> float:
+    """Seconds to add up so many float32 numbers over all processes, each with a link of `gb_per_second`.
+
+    Each sends and receives 2 (R - 1) / R of them, once to add up and once to share the sums: bytes alone, no latency.
+    """
+    return 2 * (processes - 1) / processes * 4 * numbers / (gb_per_second * 1e9)
+
+
 def answers_to_break_even(dollars: float, ours_per_1000: float, theirs_per_1000: float) -> int | None:
     """Answers after which the dollars spent on training have come back; None where ours is not the cheaper arm."""
     saved_per_1000 = theirs_per_1000 - ours_per_1000

@@ -74,6 +74,12 @@ class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt, it is no error, and only the command line catches it."""
 
 
+def recorded(record: dict[str, str]) -> MetierError:
+    """The error of another process, from what `MetierError.record` gave there."""
+    kind = next((c for c in MetierError.__subclasses__() if c.kind == record["kind"]), MetierError)
+    return kind(record["what"], where=record["where"], fix=record["fix"])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean X?` for a misspelt name, or the list of what is known."""
     known = sorted(known)

@@ -14,6 +14,7 @@ EXTRAS = {
     "train": ("torch", "transformers", "gguf", "llguidance"),
     "rag": ("bm25s",),
     "report": ("matplotlib",),
+    "scale": ("ray",),
 }
 
 

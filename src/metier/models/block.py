@@ -54,6 +54,10 @@ class Block(nn.Module):
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.scoring = _scoring(layer.self_attn)
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Lays weights that read the same input side by side; again after they were moved to another device."""
         _lay_side_by_side(self._inputs())
         _lay_side_by_side(self._gate_up())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -138,6 +138,27 @@ def layout(rows: Sequence[Row], prefix: int) -> Batch:
         ids=tuple(r.id for r in rows),
         columns={name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns},
     )
+
+
+def deal(rows: Sequence[Row], count: int) -> list[list[Row]]:
+    """Rows in `count` shares of about as many tokens: the longest first, each to the share that has fewest so far.
+
+    A function of the rows alone, so that every process deals the same way. A share may be empty.
+    """
+    shares: list[list[Row]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for row in sorted(rows, key=lambda r: (-r.ids.size, r.id)):
+        place = tokens.index(min(tokens))
+        shares[place].append(row)
+        tokens[place] += int(row.ids.size)
+    return shares
+
+
+def silent(row: Row, prefix: int) -> Batch:
+    """A batch of the prefix and one token of `row` that supervises nothing: its loss and gradient are zero."""
+    nothing = {name: column[:0] for name, column in row.columns.items()}
+    ids, supervised = row.ids[: prefix + 1], np.zeros(prefix + 1, dtype=bool)
+    return layout([replace(row, ids=ids, supervised=supervised, lengths=(), columns=nothing)], prefix)
 
 
 def micro_batches(rows: Sequence[Row], prefix: int, tokens: int) -> list[Batch]:

@@ -1,7 +1,7 @@
 """The loop: a generator of optimizer steps. Logging, validating and saving are ordinary code of whoever iterates it.
 
 A step is a function of (weights, moments, step number) and (seed, settings, data). Losses come as a sum and a weight;
-the division happens once, here, over all micro-batches of the step.
+the division happens once, here, over all micro-batches of the step on all ranks.
 
 Shape legend: N trained numbers, laid out in one flat buffer; K supervised positions, C columns of a teacher.
 """
@@ -26,6 +26,7 @@ from metier.objectives import logps, supervised
 from metier.records import Batch
 from metier.text import batches
 from metier.text.batches import Row, Source
+from metier.training.world import ALONE, World
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 PIECE = 1 << 24
@@ -151,21 +152,27 @@ def steps(
     schedule: Schedule,
     start: int = 0,
     stage: Stage = SFT,
+    world: World = ALONE,
 ) -> Iterator[StepResult]:
-    """Trains on `rows` by the stage's method and yields after every update, beginning with step number `start`."""
+    """Trains on `rows` by the stage's method and yields after every update, from step number `start`; on all ranks
+    alike."""
     for step in range(start, schedule.steps):
         began = time.perf_counter()
-        chosen = batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step, schedule.sources)
-        micro = batches.micro_batches([rows[i] for i in chosen], prefix, schedule.tokens)
-        weight = sum(int(b.target_K.size) for b in micro)
+        chosen = [
+            rows[i] for i in batches.rows_of_step(len(rows), schedule.batch_size, schedule.seed, step, schedule.sources)
+        ]
+        micro = _own(chosen, prefix, schedule.tokens, world)
+        (weight,) = world.total(sum(int(b.target_K.size) for b in micro))
         flat.grad_N.zero_()
         total = 0.0
         for number, batch in enumerate(micro):
-            with lora.dropping(model, schedule.seed, step, number):
+            with lora.dropping(model, schedule.seed, step, number * world.size + world.rank):
                 loss_sum, _ = LOSSES[stage.method](model, batch, stage)
                 (loss_sum / weight).backward()
             flat.gather()
             total += float(loss_sum.detach())
+        (total,) = world.total(total)
+        world.add(flat.grad_N)
         norm = float(flat.grad_N.norm())
         loss = total / weight
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -178,20 +185,40 @@ def steps(
             loss=loss,
             lr=rate,
             grad_norm=norm,
-            tokens=sum(b.real_tokens for b in micro),
-            supervised_tokens=weight,
+            tokens=sum(int(r.ids.size) for r in chosen),
+            supervised_tokens=int(weight),
             seconds=time.perf_counter() - began,
         )
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, rows: Sequence[Row], prefix: int, tokens: int, stage: Stage = SFT) -> float:
+def mean_loss(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    prefix: int,
+    tokens: int,
+    stage: Stage = SFT,
+    world: World = ALONE,
+) -> float:
     """The loss of the stage's method per supervised token over all rows, in nats."""
-    total, weight = 0.0, 0
-    for batch in batches.micro_batches(rows, prefix, tokens):
+    total, weight = 0.0, 0.0
+    for batch in _own(rows, prefix, tokens, world):
         loss_sum, count = LOSSES[stage.method](model, batch, stage)
         total, weight = total + float(loss_sum), weight + count
+    total, weight = world.total(total, weight)
     return total / weight
+
+
+def _own(rows: Sequence[Row], prefix: int, tokens: int, world: World) -> list[Batch]:
+    """This rank's share of `rows` in micro-batches.
+
+    A sharded world gathers every layer's weights together, so there each rank has as many batches as any other; those
+    it is short of are filled by one that nothing is learnt from.
+    """
+    shares = [batches.micro_batches(share, prefix, tokens) for share in batches.deal(rows, world.size)]
+    own = shares[world.rank]
+    missing = max(map(len, shares)) - len(own) if world.sharded else 0
+    return own + [batches.silent(rows[0], prefix)] * missing
 
 
 def logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:

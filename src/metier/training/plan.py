@@ -15,9 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from metier.cost import sum_seconds
 from metier.errors import ResourceError
 
 EFFICIENCY = 0.55
+LINK_GB_PER_SECOND = 1.0  # 10 Gbit Ethernet, less its overhead
 _BYTES = {"bf16": 2, "fp32": 4}
 QUANTISED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
 _BUDGETS = (2048, 1024, 512)
@@ -121,6 +123,43 @@ def plan(
             *_why_memory(shape, budget, held, memory_gb),
             "the tokens that all rows begin with are computed once a batch",
         ],
+    }
+
+
+def spared_gb(shape: Shape, dtype: str, size: int) -> float:
+    """What each of `size` processes spares where the frozen layers are spread over all, one of them gathered at a
+    time."""
+    return shape.linear_weights * _BYTES[dtype] / 1e9 * (1 - 1 / size) * (1 - 1 / shape.layers)
+
+
+def spread(
+    plan: dict[str, Any], *, shape: Shape, steps: int, size: int, beside: int, shard: str, memory_gb: float
+) -> dict[str, Any]:
+    """The plan for `size` processes, `beside` of them on a machine (or each with a GPU of its own).
+
+    A base that does not fit on each process's GPU is spread over all of them. On CPUs it is not, unless that is asked
+    for: there the buffers of gathering took more than spreading spared (docs/scale.md). Processes on one CPU share its
+    cores, so there only machines add speed. Every step sums the gradient over a link of `LINK_GB_PER_SECOND`; what a
+    base that is spread sends for every layer is left out.
+    """
+    own_gb = memory_gb if plan["device"] == "cuda" else memory_gb / beside
+    whole_gb = plan["memory_gb"]["predicted"]
+    sharded = size > 1 and (shard == "always" or (shard == "auto" and plan["device"] == "cuda" and whole_gb > own_gb))
+    less_gb = spared_gb(shape, plan["dtype"], size) if sharded else 0.0
+    faster = size if plan["device"] == "cuda" else max(1, size // beside)
+    before = plan["seconds"]["predicted"]
+    seconds = before / faster + steps * sum_seconds(
+        shape.adapter_weights + shape.whole_weights, size, LINK_GB_PER_SECOND
+    )
+    speed = plan["tokens_per_second"]["predicted"] * (before / seconds if before else faster)
+    why = f"each of {size} processes holds the base" if not sharded else f"the base is spread over {size} processes"
+    return plan | {
+        "world_size": size,
+        "sharded": sharded,
+        "memory_gb": plan["memory_gb"] | {"predicted": round(whole_gb - less_gb, 2)},
+        "tokens_per_second": plan["tokens_per_second"] | {"predicted": round(speed, 1)},
+        "seconds": plan["seconds"] | {"predicted": round(seconds, 1)},
+        "why": plan["why"] + ([f"{why}: {whole_gb:.1f} GB of {own_gb:.0f} GB"] if size > 1 else []),
     }
 
 

@@ -2,6 +2,7 @@
 
 Read from top to bottom: load, plan, go on from the newest checkpoint or start; for every stage step, validate, save;
 then publish. One adapter goes through all stages: each begins with the weights of the last, and with fresh moments.
+In a world of several processes each of them runs this; what the first one writes is kept.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from transformers import PreTrainedModel
 
 from metier import config, machine, plots, progress, records, runs
 from metier.config import Loaded, Stage
-from metier.errors import ResourceError, RunError
+from metier.errors import ConfigError, ResourceError, RunError
 from metier.models import load, lora, quant, recompute, tuned, whole
 from metier.progress import note
 from metier.runs import Run
 from metier.text import chat
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, exactness, loop, replay, rollouts, teacher
+from metier.training import checkpoint, exactness, loop, replay, rollouts, teacher, world
 from metier.training.feeds import Feed, feeds, hold_context
 from metier.training.metrics import Metrics
-from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape
+from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape, spared_gb, spread
+from metier.training.world import ALONE, World
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 METRICS, PLAN, REGISTERED, CHECKPOINTS = "metrics.jsonl", "plan.json", "registered.json", "checkpoints"
 
 Steps = Callable[[int], Iterator[loop.StepResult]]
@@ -39,36 +42,57 @@ Validation = Callable[[], Sequence[Row]]
 
 def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     """Trains the specialist into `work`; goes on where an interrupted training left it."""
-    spec = loaded.spec
-    machine.prepare(spec.machine.threads)
+    device = machine.device(loaded.spec.machine.device)
+    with world.joined(device, loaded.spec.machine.timeout_seconds) as here:
+        return _train(loaded, run, work, device, here)
+
+
+def _train(loaded: Loaded, run: Run, work: Path, device: torch.device, here: World) -> dict[str, Any]:
+    spec, quantize = loaded.spec, loaded.spec.train[0].quantize
+    machine.prepare(spec.machine.threads or max(1, machine.cores() // world.beside()))
     machine.forget_peak()
-    device = machine.device(spec.machine.device)
-    dtype = machine.dtype(_begun_with(work) or spec.machine.dtype, device)
-    base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
+    dtype = _DTYPES[here.told(lambda: _dtype(work, spec.machine.dtype, device))]
+    with here.in_turns():
+        base = load.resolve(spec.base, loaded.folder, spec.base_sha256)
     data = run.require("build")
+    _hold_alike(here, loaded, run, base)
+    if here.size > 1 and any(stage.method == "self-distill" for stage in spec.train):
+        raise ConfigError(
+            "self-distill draws its rows while it trains, and does so in one process only",
+            where="train.method",
+            fix="start one process, with machine.on: local",
+        )
     renderer = chat.of_run(base.folder, data)
     if not renderer.system_role:
         note("this base has no system role: instructions stand at the head of the first question, in every arm")
 
-    model = load.model(base, dtype=dtype, device=device, quantize=spec.train[0].quantize)
+    # A base that may be spread over processes is not put on one device whole before the plan has decided.
+    apart = here.size > 1 and spec.machine.shard != "never" and quantize == "none"
+    model = load.model(base, dtype=dtype, device=torch.device("cpu") if apart else device, quantize=quantize)
     general = partial(replay.general, data=data, work=work, model=model, renderer=renderer, seed=spec.seed)
     stages = feeds(spec, data, renderer, load.context(model), general)
-    flat = loop.Flat(set_free(model, spec.train[0], spec.seed))
-    stages = [_with_columns(feed, loaded, model, base, run.folder / "logps") for feed in stages]
+    _hold_same_rows(here, stages)
+    free = set_free(model, spec.train[0], spec.seed)
+    with here.in_turns():
+        stages = [_with_columns(feed, loaded, model, base, run.folder / "logps") for feed in stages]
+    chosen = here.told(lambda: _plan(loaded, work, base, model, stages, dtype, device, here))
+    here = world.place(here, model, device, sharded=chosen["sharded"])
+    flat = loop.Flat(free)
     # The checkpoints that are kept and one being written, each of four buffers, and the result.
     runs.need_space(work, (4 * (checkpoint.KEEP + 1) + 1) * flat.value_N.nbytes)
-    chosen = _plan(loaded, work, base, model, stages, dtype, device)
     if chosen["checkpointing"] == "layer":
         recompute.layers(model)
 
     if not (work / REGISTERED).is_file():
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
-    under = exactness.fingerprint(device, chosen["dtype"], chosen["micro_batch_tokens"], world_size=1)
-    student, log = _Student(model, flat, renderer, data, work), _Log(work, under)
+    under = exactness.fingerprint(device, chosen["dtype"], chosen["micro_batch_tokens"], world_size=here.size)
+    student, log = _Student(model, flat, renderer, data, work), _Log(work, under, here)
     _go_on(work, flat, log, stages)
     for place, feed in enumerate(stages):
         if place >= log.place:
             _stage(student, place, feed, _schedule(feed, spec.seed, chosen["stages"][place]), log)
+    if not here.writes:
+        return {}
     return _finish(work, model, flat, chosen, log, base, renderer)
 
 
@@ -118,16 +142,16 @@ def _stage(student: _Student, place: int, feed: Feed, schedule: loop.Schedule, l
     if log.place < place:
         student.flat.forget()
         log.begin(place, feed)
-        log.measured(_bits_per_byte(student.model, feed, schedule.tokens))
+        log.measured(_bits_per_byte(student.model, feed, schedule.tokens, log.world))
     _steps(student, feed, schedule, log)
     if log.best is not None:
         student.flat.take(log.best)
-    log.measured(_bits_per_byte(student.model, feed, schedule.tokens))
+    log.measured(_bits_per_byte(student.model, feed, schedule.tokens, log.world))
 
 
 def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
     stage, begun = feed.stage, log.step - log.begun
-    steps, validation = _walk(student, feed, schedule, log.begun)
+    steps, validation = _walk(student, feed, schedule, log.begun, log.world)
     total = feed.tokens() * schedule.steps * schedule.batch_size / feed.draws
     validate_at = {round(schedule.steps * (i + 1) / stage.validations) for i in range(stage.validations)}
     done = total * begun / schedule.steps
@@ -138,10 +162,11 @@ def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) ->
             log.trained(result)
             advance(result.tokens, f"loss {result.loss:.3f}  {result.tokens / result.seconds:,.0f} tokens/s")
             if result.step in validate_at:
-                loss = loop.mean_loss(student.model, validation(), feed.prefix, schedule.tokens, stage)
+                loss = loop.mean_loss(student.model, validation(), feed.prefix, schedule.tokens, stage, log.world)
                 log.validated(loss, student.flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
+            stop.signal = log.world.most(stop.signal)
             last = log.stopped_early or result.step == schedule.steps
             if stop.signal or last or result.step % stage.checkpoint_every == 0:
                 log.save(student.flat, needed=bool(stop.signal))
@@ -150,11 +175,11 @@ def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) ->
             stop.check()
 
 
-def _walk(student: _Student, feed: Feed, schedule: loop.Schedule, begun: int) -> tuple[Steps, Validation]:
+def _walk(student: _Student, feed: Feed, schedule: loop.Schedule, begun: int, here: World) -> tuple[Steps, Validation]:
     """The steps of a stage from a given one on, and the rows of a validation: given, or drawn by the student."""
     if feed.stage.method != "self-distill":
         given = (student.model, student.flat, feed.rows, feed.prefix, schedule)
-        return partial(loop.steps, *given, stage=feed.stage), lambda: feed.valid
+        return partial(loop.steps, *given, stage=feed.stage, world=here), lambda: feed.valid
     train, held_out = (
         rollouts.demonstrations(records.examples(student.data / f"{split}.jsonl"), student.renderer)
         for split in ("train", "valid")
@@ -175,12 +200,12 @@ def _walk(student: _Student, feed: Feed, schedule: loop.Schedule, begun: int) ->
     )
 
 
-def _bits_per_byte(model: PreTrainedModel, feed: Feed, tokens: int) -> float | None:
+def _bits_per_byte(model: PreTrainedModel, feed: Feed, tokens: int, here: World = ALONE) -> float | None:
     """Bits that the model needs for a byte of the stage's held-out documents; None where it has none."""
     if feed.held_out is None:
         return None
     rows = feed.held_out.rows
-    nats = loop.mean_loss(model, rows, 0, tokens) * sum(int(r.supervised.sum()) for r in rows)
+    nats = loop.mean_loss(model, rows, 0, tokens, world=here) * sum(int(r.supervised.sum()) for r in rows)
     return nats / math.log(2) / feed.held_out.bytes
 
 
@@ -190,8 +215,8 @@ class _Log:
     `step` counts over all stages; `place` is -1 before the first.
     """
 
-    def __init__(self, work: Path, under: dict[str, Any]) -> None:
-        self.work, self.under = work, under
+    def __init__(self, work: Path, under: dict[str, Any], world: World) -> None:
+        self.work, self.under, self.world = work, under, world
         self.metrics = Metrics(work / METRICS)
         self.inexact: list[str] = []
         self.unsaved = False
@@ -241,6 +266,8 @@ class _Log:
 
     def save(self, flat: loop.Flat, *, needed: bool) -> None:
         """Saves a checkpoint. One that is not `needed` may fail: the training goes on, and the next is tried again."""
+        if not self.world.writes:
+            return
         try:
             self._save(flat)
             self.unsaved = False
@@ -272,7 +299,8 @@ class _Log:
         self.worse = facts["worse"]
         if facts["best_loss"] is not None:
             self.best_loss, self.best = facts["best_loss"], tensors["best"]
-        self.metrics.restore(facts["metrics"])
+        if self.world.writes:
+            self.metrics.restore(facts["metrics"])
         changed = exactness.changes(facts["under"], self.under, step)
         self.inexact = [*facts["inexact"], *changed]
         if changed:
@@ -285,14 +313,21 @@ class _Log:
 def _go_on(work: Path, flat: loop.Flat, log: _Log, stages: Sequence[Feed]) -> None:
     """Restores the newest whole checkpoint, or starts with a clean log."""
     checkpoint.prepare(work / CHECKPOINTS)
-    found = checkpoint.newest(work / CHECKPOINTS, run=_mark(work), like=flat.tensors())
-    if found is None:
+    step, tensors, facts = _newest(work, flat, log.world)
+    if tensors is None:
         log.metrics.clear()
         return
-    step, tensors, facts = found
     flat.restore(tensors)
     log.restore(step, tensors, facts, stages)
     note(f"going on from step {step}")
+
+
+def _newest(work: Path, flat: loop.Flat, here: World) -> tuple[int, dict[str, Tensor] | None, dict[str, Any]]:
+    """(step, tensors, facts) of the first process's newest checkpoint; no tensors where it has none."""
+    found = checkpoint.newest(work / CHECKPOINTS, run=_mark(work), like=flat.tensors()) if here.writes else None
+    step, tensors, facts = found or (0, None, {})
+    step, facts = here.told(lambda: [step, facts])
+    return step, here.copy(tensors), facts
 
 
 def _finish(
@@ -336,10 +371,26 @@ def copy_tokenizer(source: Path, target: Path, renderer: Renderer) -> None:
     runs.write(target / chat.TEMPLATE_FILE, renderer.template)
 
 
-def _begun_with(work: Path) -> str | None:
-    """The number format that an interrupted training was begun with."""
+def _dtype(work: Path, choice: str, device: torch.device) -> str:
+    """The number format that an interrupted training was begun with, or what the setting means here."""
     begun = _begun(work)
-    return str(begun["dtype"]) if begun else None
+    return str(begun["dtype"]) if begun else _name(machine.dtype(choice, device))
+
+
+def _hold_alike(here: World, loaded: Loaded, run: Run, base: load.Base) -> None:
+    """Every process must have been started with the same settings, data, base and torch."""
+    manifest = run.manifest("build")
+    assert manifest is not None, "the data set was required before"
+    settings = config.tree(loaded.spec)
+    here.hold_alike(
+        {"settings": settings, "base": base.sha256, "data set": manifest["outputs"], "torch": torch.__version__}
+    )
+
+
+def _hold_same_rows(here: World, stages: Sequence[Feed]) -> None:
+    """Every process must train on the same rows, those that the base wrote itself included."""
+    if here.size > 1:
+        here.hold_alike({"training rows": [[r.ids.tolist() for r in (*f.rows, *f.valid)] for f in stages]})
 
 
 def _begun(work: Path) -> dict[str, Any] | None:
@@ -382,42 +433,68 @@ def _plan(
     stages: Sequence[Feed],
     dtype: torch.dtype,
     device: torch.device,
+    here: World,
 ) -> dict[str, Any]:
-    """The plan made before the first step; an interrupted training keeps the one it began with."""
-    if begun := _begun(work):
-        return begun
+    """The plan made before the first step; an interrupted training keeps the one it began with, or, among another
+    number of processes, its number format and its tokens at once."""
+    before = _begun(work) or {}
+    if before.get("world_size") == here.size:
+        return before
     first = loaded.spec.train[0]
     sizes = _counted(shape(load.skeleton(base), rank=first.rank, targets=first.targets), model)
-    made = joined(
-        [
-            plan(
-                sizes,
-                _load(feed),
-                dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
-                gflops=machine.gflops()["bf16" if dtype == torch.bfloat16 else "fp32"],
-                memory_gb=machine.memory_gb(device),
-                device=device.type,
-                tokens=loaded.spec.machine.tokens,
-                quantize=first.quantize,
-                weights_per_second=_weights_per_second(first.quantize, dtype, device),
-            )
-            | {
-                "stage": feed.name,
-                "rows": feed.draws,
-                "tokens": round(feed.tokens() * feed.stage.epochs),
-                "steps": feed.steps,
-                "learning_rate": feed.stage.learning_rate
-                or learning_rate(feed.stage.method, sizes.hidden, tune=feed.stage.tune),
-            }
-            for feed in stages
-        ]
-    )
+    tokens = [s["micro_batch_tokens"] for s in before.get("stages", ())] or [loaded.spec.machine.tokens] * len(stages)
+    plans = [
+        _planned(loaded, feed, sizes, dtype, device, most, here)
+        | {
+            "stage": feed.name,
+            "rows": feed.draws,
+            "tokens": round(feed.tokens() * feed.stage.epochs),
+            "steps": feed.steps,
+            "learning_rate": feed.stage.learning_rate
+            or learning_rate(feed.stage.method, sizes.hidden, tune=feed.stage.tune),
+        }
+        for feed, most in zip(stages, tokens, strict=True)
+    ]
+    made = joined(plans) | {"sharded": any(p["sharded"] for p in plans)}
     runs.write_json(work / PLAN, made)
     note(
         f"plan: {made['dtype']} on {device.type}, about {progress.clock(made['seconds']['predicted'])}, "
         f"{made['memory_gb']['predicted']:.1f} GB"
     )
     return made
+
+
+def _planned(
+    loaded: Loaded, feed: Feed, sizes: Shape, dtype: torch.dtype, device: torch.device, tokens: int, here: World
+) -> dict[str, Any]:
+    """The plan of one stage, for the processes at hand."""
+    first, shard, memory_gb = loaded.spec.train[0], loaded.spec.machine.shard, machine.memory_gb(device)
+    planned = partial(
+        plan,
+        sizes,
+        _load(feed),
+        dtype=_name(dtype),
+        gflops=machine.gflops()[_name(dtype)],
+        device=device.type,
+        tokens=tokens,
+        quantize=first.quantize,
+        weights_per_second=_weights_per_second(first.quantize, dtype, device),
+    )
+    try:
+        made = planned(memory_gb=memory_gb)
+    except ResourceError:
+        if here.size == 1 or shard == "never" or (shard == "auto" and device.type != "cuda"):
+            raise
+        made = planned(memory_gb=memory_gb + spared_gb(sizes, _name(dtype), here.size))
+    return spread(
+        made,
+        shape=sizes,
+        steps=feed.steps,
+        size=here.size,
+        beside=world.beside(),
+        shard=shard,
+        memory_gb=memory_gb,
+    )
 
 
 def _counted(sizes: Shape, model: PreTrainedModel) -> Shape:
@@ -451,3 +528,7 @@ def _weights_per_second(quantize: load.Quantize, dtype: torch.dtype, device: tor
         return math.inf
     name = f"weights_per_second:{quantize}:{dtype}:{device.type}"
     return float(machine.remembered(name, lambda: quant.measured_speed(quantize, dtype, device)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, kind in _DTYPES.items() if kind == dtype)
