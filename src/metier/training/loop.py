@@ -176,7 +176,7 @@ def steps(
         norm = float(flat.grad_N.norm())
         loss = total / weight
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite(loss, norm, step, _poisoned(model, [rows[i] for i in chosen], prefix, stage))
+            raise _not_finite(loss, norm, step, _poisoned(model, chosen, prefix, stage))
         flat.grad_N.mul_(min(1.0, schedule.clip / (norm + 1e-6)))
         rate = schedule.rate(step)
         flat.update(step + 1, rate, schedule.weight_decay)
