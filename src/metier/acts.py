@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from metier.runs import ACTS, Run
 if TYPE_CHECKING:
     from metier.cost import Rates
 
+MUTABLE = ("dataset.json", "checkpoints/", "tensorboard/")
 DONE, FRESH, PLANNED = "done", "up to date", "would be done"
 
 
@@ -53,7 +54,7 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
     why = _reason(act, run, settings, inputs)
     if dry:
         return Outcome(act, run.folder, PLANNED, why=why, figures=_forecast(act, loaded, run))
-    hold_extras(act)
+    hold_extras(act, loaded.spec.track)
     start = time.monotonic()
     work = run.work(act, fingerprint)
     runs.write(run.folder / "specialist.yaml", config.dump(_anywhere(loaded)))
@@ -64,7 +65,7 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
         seconds = spent + time.monotonic() - start
         _spend(work, seconds)
     machine.give_back()
-    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json", "checkpoints/"))
+    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=MUTABLE)
     return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
 
 
@@ -100,16 +101,18 @@ def _spend(work: Path, seconds: float) -> None:
         runs.write(work / runs.SPENT, f"{seconds:.3f}")
 
 
-def hold_extras(act: str) -> None:
+def hold_extras(act: str, track: Sequence[str] = ()) -> None:
     """Refuses before the work starts where an optional part is absent that the act needs at its end."""
     engine = {"torch": "train", "transformers": "train"}
     needed = {
-        "train": engine | {"matplotlib": "report"},
+        "train": engine | {"matplotlib": "report"} | {name: name for name in track},
         "prove": engine | {"llguidance": "train", "bm25s": "rag", "matplotlib": "report"},
         "ship": engine,
     }.get(act, {})
     for module, extra in needed.items():
-        if importlib.util.find_spec(module) is None:
+        found = importlib.util.find_spec(module)
+        # A folder of that name, such as trackers leave behind, is found too, but has no origin.
+        if found is None or found.origin is None:
             raise needs_extra(module, extra)
 
 

@@ -14,6 +14,10 @@ EXTRAS = {
     "train": ("torch", "transformers", "gguf", "llguidance"),
     "rag": ("bm25s",),
     "report": ("matplotlib",),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
 
 

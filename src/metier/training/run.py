@@ -25,7 +25,7 @@ from metier.runs import Run
 from metier.text import batches
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, loop
+from metier.training import checkpoint, loop, track
 from metier.training.plan import Load, Shape, measured, plan, shape
 
 METRICS, REGISTERED = "metrics.jsonl", "registered.json"
@@ -59,8 +59,11 @@ def train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
         runs.write_json(work / REGISTERED, config.registration(loaded.spec, runs.read_json(data / "task.json")))
     log = _Log(work, schedule, stage)
     _go_on(work, flat, log)
-    _steps(model, flat, rows, valid, prefix, schedule, stage, work, log)
-    return _finish(loaded, work, model, flat, chosen, log, base)
+    with track.following(spec, work, METRICS) as trackers:
+        _steps(model, flat, rows, valid, prefix, schedule, stage, work, log, trackers)
+        figures = _finish(loaded, work, model, flat, chosen, log, base)
+        trackers.end(figures)
+    return figures | ({"trackers_failed": trackers.failed} if spec.track else {})
 
 
 def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Parameter]:
@@ -91,6 +94,7 @@ def _steps(
     stage: Stage,
     work: Path,
     log: _Log,
+    trackers: track.Following,
 ) -> None:
     total = sum(r.ids.size for r in rows) * schedule.steps * schedule.batch_size / len(rows)
     done = total * log.step / schedule.steps
@@ -104,6 +108,7 @@ def _steps(
                 log.validated(loop.mean_loss(model, valid, prefix, schedule.tokens), flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
+            trackers.follow()
             if stop.signal or log.stopped_early or result.step % stage.checkpoint_every == 0:
                 log.save(flat)
             if log.stopped_early:
