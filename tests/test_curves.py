@@ -32,14 +32,16 @@ def test_a_second_stage_goes_on_where_the_first_ended(second: str) -> None:
 
 
 def test_a_stage_of_one_step_and_a_stage_that_counts_on() -> None:
-    lines = [line(1, "cpt", loss=1.0), line(1, "cpt", valid_loss=1.0), line(1, "sft", loss=1.0), line(2, "sft", loss=1.0)]
+    first = [line(1, "cpt", loss=1.0), line(1, "cpt", valid_loss=1.0)]
+    lines = [*first, line(1, "sft", loss=1.0), line(2, "sft", loss=1.0)]
     assert [p.step for p in curves.points(lines)] == [1, 1, 2, 3]
     lines = [line(1, "cpt", loss=1.0), line(2, "cpt", loss=1.0), line(3, "sft", loss=1.0)]
     assert [p.step for p in curves.points(lines)] == [1, 2, 3]
 
 
 def test_a_curve_is_over_steps_or_seconds() -> None:
-    walked = list(curves.points([line(1, loss=2.0, seconds=0.5), line(1, valid_loss=3.0), line(2, loss=1.0, seconds=0.5)]))
+    lines = [line(1, loss=2.0, seconds=0.5), line(1, valid_loss=3.0), line(2, loss=1.0, seconds=0.5)]
+    walked = list(curves.points(lines))
     assert curves.curve(walked, "loss") == [(1, 2.0), (2, 1.0)]
     assert curves.curve(walked, "loss", "seconds") == [(0.5, 2.0), (1.0, 1.0)]
     assert curves.curve(walked, "valid_loss", "seconds") == [(0.5, 3.0)]

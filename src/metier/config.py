@@ -283,8 +283,8 @@ class Spec(Settings):
     machine: Machine = Field(default_factory=Machine, description="How this machine is used.")
     track: tuple[Tracker, ...] = Field(
         (),
-        description="Trackers that show the metrics beside `metrics.jsonl`: `tensorboard`, `mlflow`, `wandb`, `trackio`; "
-        "each is an extra of its name. See [Tracking](tracking.md).",
+        description="Trackers that show the training's metrics beside `metrics.jsonl`: `tensorboard`, `mlflow`, "
+        "`wandb`, `trackio`; each is an extra of its name. See [Tracking](tracking.md).",
     )
 
     @field_validator("track")

@@ -44,6 +44,14 @@ SHAPES = {
     "tuned": ("o", "●"),
     "tuned-rag": ("P", "✚"),
 }
+# How runs that are compared are told apart: colour, and dashes in lengths of ink and gap.
+RUNS: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("tuned", ()),
+    ("prompt", (5, 2)),
+    ("few-shot", (1.5, 1.5)),
+    ("rag", (6, 2, 1.5, 2)),
+    ("base", (9, 3)),
+)
 # Stand-ins that matplotlib understands, exchanged for `var(--name, colour)` in the finished text.
 _PAINT = {name: f"#0000{place:02x}" for place, name in enumerate(COLOURS, 1)}
 _SMALL = 12
@@ -78,6 +86,33 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("step", color=_PAINT["quiet"])
         _inline_legend(figure, entries)
         return _svg(figure, "Loss by training step")
+
+
+def curves_plot(drawn: Sequence[tuple[int, curves.Curve]], *, axis: str, title: str, marked: bool) -> str:
+    """The curves of several runs over one axis, each in the look of its run's place; `marked` shows every point."""
+    if not any(curve for _, curve in drawn):
+        return ""
+    with _style():
+        figure = _figure(440, 230)
+        axes = _axes(figure, left=48, right=14, top=12, bottom=40)
+        values = [y for _, curve in drawn for _, y in curve]
+        if min(values) > 0 and max(values) / min(values) > 10:
+            _log(axes)
+        axes.grid(axis="y", color=_PAINT["rule"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        for place, curve in drawn:
+            colour, dashes = RUNS[place % len(RUNS)]
+            style: Any = (0, dashes) if dashes else "solid"
+            marker = SHAPES[colour][0] if marked else ""
+            axes.plot(*_xy(curve), color=_PAINT[colour], linewidth=1.8, linestyle=style, marker=marker, markersize=6)
+        axes.margins(x=0.02)
+        _integer_ticks(axes.xaxis)
+        axes.set_xlabel(axis, color=_PAINT["quiet"])
+        return _svg(figure, title)
+
+
+def _xy(curve: curves.Curve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
 
 
 def whisker(

@@ -231,7 +231,7 @@ def _trackio(about: About) -> Tracker:
 
     def close(_: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            run.finish()
+            trackio.finish()
 
     return Tracker(send, close)
 
