@@ -28,14 +28,15 @@ class Section:
 def sections(document: Mapping[str, Any]) -> list[Section]:
     """Every section that has a row, in the order of the acts."""
     each = document["runs"]
+    settings = [(row["key"], [_value(value) for value in row["values"]]) for row in document["settings"]]
     found = [
-        Section("Settings that differ", [(r["key"], [_value(v) for v in r["values"]]) for r in document["settings"]]),
+        Section("Settings that differ", settings or [("none", ["" for _ in each])]),
         Section("Data", _rows(each, "data", DATA)),
         Section("Training", _rows(each, "training", TRAINING)),
         Section("Answers all right", list(_arms(each))),
         Section("The specialist's answers", list(_graders(each))),
         Section("Cost of the specialist's answers", list(_costs(each))),
-        Section("Verdict", _rows(each, "proof", {"verdict": ("verdict", str)})),
+        Section("Proof", _rows(each, "proof", {"verdict": ("verdict", str)})),
     ]
     return [section for section in found if section.rows]
 

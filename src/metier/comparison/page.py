@@ -9,7 +9,6 @@ from typing import Any
 from metier import curves, plots
 from metier.comparison import figures
 from metier.release import gate, page
-from metier.release.report import grader_name
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 # (most seconds, what they are counted in, how many seconds that is)
@@ -48,10 +47,10 @@ def _sentence(document: Mapping[str, Any]) -> str:
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    points = f"{gate.signed_points(row['estimate'])} points, {_interval(row)} at {row['confidence'] * 100:g}\u00a0%"
+    points = f"{gate.signed_points(row['estimate'])} points ({_interval(row)} at {row['confidence'] * 100:g}\u00a0%)"
     said = {
-        "better": f"{row['run']} is better than {row['against']}",
-        "worse": f"{row['run']} is worse than {row['against']}",
+        "better": f"{row['run']} gets more answers all right than {row['against']}",
+        "worse": f"{row['run']} gets fewer answers all right than {row['against']}",
         "unclear": f"The cases do not tell {row['run']} from {row['against']}",
     }[figures.result(row)]
     return f"{said}: {points}."
@@ -80,7 +79,8 @@ def _plots(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def _curve(points: Sequence[Sequence[float]], column: int, per: float, *, smoothed: bool) -> curves.Curve:
     values = [point[2] for point in points]
-    return list(zip([point[column] / per for point in points], curves.smooth(values) if smoothed else values, strict=True))
+    heights = curves.smooth(values) if smoothed else values
+    return [(point[column] / per, height) for point, height in zip(points, heights, strict=True)]
 
 
 def _differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:

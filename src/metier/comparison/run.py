@@ -174,7 +174,7 @@ def _differing(sides: Sequence[Side]) -> list[dict[str, Any]]:
     settings = [side.settings for side in sides]
     keys = dict.fromkeys(key for tree in settings for key in tree)
     rows = [{"key": key, "values": [tree.get(key) for tree in settings]} for key in keys if key != "name"]
-    return [row for row in rows if not _same(row["values"])]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
 
 
 def _same(values: Sequence[Any]) -> bool | None:

@@ -24,14 +24,15 @@ def show(document: Mapping[str, Any]) -> None:
         console.width = _PIPED_WIDTH
     for part in _parts(document):
         console.print(part)
+        console.print()
 
 
 def _parts(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _side_by_side(document)
     if document["differences"]:
         yield _differences(document)
-    for note in document["notes"]:
-        yield Text.assemble(("note  ", "yellow"), _plain(note))
+    if document["notes"]:
+        yield Text("\n").join(Text.assemble(("note  ", "yellow"), _plain(note)) for note in document["notes"])
 
 
 def _side_by_side(document: Mapping[str, Any]) -> Table:

@@ -181,9 +181,7 @@ def difference(
     if not both:
         return None
     names, left, right = zip(*both, strict=True)
-    compare: Callable[..., stats.Paired] = (
-        stats.paired_binary if {*left, *right} <= {0, 1} else stats.paired_continuous
-    )
+    compare: Callable[..., stats.Paired] = stats.paired_binary if {*left, *right} <= {0, 1} else stats.paired_continuous
     return compare(left, right, [groups.get(c, c) for c in names], confidence)
 
 
