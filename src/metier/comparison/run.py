@@ -233,8 +233,7 @@ def _inputs_now(side: Side) -> Iterator[tuple[str, str]]:
 def _incomparable(first: Side, other: Side) -> Iterator[str]:
     """Which figures of two runs do not measure the same thing."""
     both = f"{other.label} and {first.label}"
-    hashes = [side.dataset.get("hashes", {}) for side in (first, other)]
-    if all(hashes) and hashes[0]["valid.jsonl"] != hashes[1]["valid.jsonl"]:
+    if _same([side.dataset.get("hashes", {}).get("valid.jsonl") for side in (first, other)]) is False:
         yield f"{both} were validated on different rows: their validation losses are not comparable"
     if first.spec.base != other.spec.base:
         yield f"{both} have different bases: where the tokens differ, losses per token are not comparable"
