@@ -195,7 +195,9 @@ def _wandb(about: About) -> Tracker:
         id=about.id,
         resume=None if os.environ["WANDB_MODE"] == "offline" else "allow",
         config=about.settings,
-        settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True),
+        settings=wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True, init_timeout=20
+        ),
     )
 
     def send(points: Sequence[Point]) -> None:
