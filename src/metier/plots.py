@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from metier import curves
 from metier.errors import needs_extra
 
 # name in the page's style sheet -> colour outside of it
@@ -59,8 +59,7 @@ _SMALL = 12
 
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Loss by step: every training step faint, their moving average, and validation, from lines of `metrics.jsonl`."""
-    walked = list(curves.points(metrics))
-    training, validation = curves.curve(walked, "loss"), curves.curve(walked, "valid_loss")
+    training, validation = _curves(metrics)
     if not training and not validation:
         return ""
     with _style():
@@ -75,7 +74,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         if training:
             steps, losses = zip(*training, strict=True)
             axes.plot(steps, losses, color=_PAINT["faint"], linewidth=1)
-            axes.plot(steps, curves.smooth(losses), color=_PAINT["base"], linewidth=1.8)
+            axes.plot(steps, _smooth(losses), color=_PAINT["base"], linewidth=1.8)
             entries.append(("base", "training, smoothed"))
         if validation:
             steps, losses = zip(*validation, strict=True)
@@ -88,8 +87,13 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure, "Loss by training step")
 
 
-def curves_plot(drawn: Sequence[tuple[int, curves.Curve]], *, axis: str, title: str, marked: bool) -> str:
-    """The curves of several runs over one axis, each in the look of its run's place; `marked` shows every point."""
+def curves_plot(
+    drawn: Sequence[tuple[int, Sequence[tuple[float, float]]]], *, axis: str, title: str, smoothed: bool, marked: bool
+) -> str:
+    """The curves (x, y) of several runs over one axis, each in the look of its run's place.
+
+    `smoothed` draws their moving averages, `marked` shows every point.
+    """
     if not any(curve for _, curve in drawn):
         return ""
     with _style():
@@ -104,15 +108,21 @@ def curves_plot(drawn: Sequence[tuple[int, curves.Curve]], *, axis: str, title: 
             colour, dashes = RUNS[place % len(RUNS)]
             style: Any = (0, dashes) if dashes else "solid"
             marker = SHAPES[colour][0] if marked else ""
-            axes.plot(*_xy(curve), color=_PAINT[colour], linewidth=1.8, linestyle=style, marker=marker, markersize=6)
+            heights = [y for _, y in curve]
+            heights = _smooth(heights) if smoothed else heights
+            axes.plot(
+                [x for x, _ in curve],
+                heights,
+                color=_PAINT[colour],
+                linewidth=1.8,
+                linestyle=style,
+                marker=marker,
+                markersize=6,
+            )
         axes.margins(x=0.02)
         _integer_ticks(axes.xaxis)
         axes.set_xlabel(axis, color=_PAINT["quiet"])
         return _svg(figure, title)
-
-
-def _xy(curve: curves.Curve) -> tuple[list[float], list[float]]:
-    return [x for x, _ in curve], [y for _, y in curve]
 
 
 def whisker(
@@ -184,6 +194,34 @@ def _arm_mark(axes: Any, arm: str, values: tuple[float, float, float], y: float)
     name = colour_of(arm)
     axes.plot([low, high], [y, y], color=_PAINT[name], linewidth=2, solid_capstyle="round")
     axes.plot([mean], [y], SHAPES[name][0], color=_PAINT[name], markeredgecolor=_PAINT["page"], markersize=8.5)
+
+
+def _curves(metrics: Iterable[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(step, loss) of training and of validation; a stage whose steps begin again goes on where the last one ended."""
+    training: list[tuple[float, float]] = []
+    validation: list[tuple[float, float]] = []
+    start = last = 0.0
+    stage = None
+    for line in metrics:
+        step = float(line.get("step", last))
+        if line.get("stage", stage) != stage:
+            stage, start = line.get("stage"), last if start + step < last else start
+        last = start + step
+        for key, points in (("loss", training), ("valid_loss", validation)):
+            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]):
+                points.append((last, float(line[key])))
+    return training, validation
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of the values around each one, about a tenth of them all, evenly to both sides so that it never lags."""
+    reach, last = len(values) // 20, len(values) - 1
+    out = []
+    for place in range(len(values)):
+        near = min(reach, place, last - place)
+        window = values[place - near : place + near + 1]
+        out.append(math.fsum(window) / len(window))
+    return out
 
 
 def _style() -> Any:

@@ -131,6 +131,7 @@ def test_training_figures_are_those_of_the_metrics(first: Path, second: Path) ->
         for s in range(1, 13)
     ]
     rows.insert(6, {"step": 6, "stage": "sft", "valid_loss": 0.25})
+    rows.insert(0, {"step": 0, "stage": "cpt", "valid_loss": 0.125})  # of a stage before
     rows.append({"step": 12, "stage": "sft", "valid_loss": 0.75})
     runs.write(second / "train" / "metrics.jsonl", records.lines(rows))
     manifest(second, "train", "train")
@@ -146,7 +147,7 @@ def test_training_figures_are_those_of_the_metrics(first: Path, second: Path) ->
         "tokens_per_second": 200.0,
         "memory_gb": 2.187,
     }
-    assert shown["curves"]["valid_loss"] == [[6, 3.0, 0.25], [12, 6.0, 0.75]]
+    assert shown["curves"]["valid_loss"] == [[0, 0.0, 0.125], [6, 3.0, 0.25], [12, 6.0, 0.75]]
 
 
 def test_runs_are_shown_with_what_they_have(first: Path, second: Path, tmp_path: Path) -> None:

@@ -345,6 +345,17 @@ def test_loss_plot_with_and_without_validation(run: Path) -> None:
     assert plots.loss_plot(metrics[:1]).startswith("<svg")
 
 
+def test_a_second_stage_goes_on_where_the_first_ended() -> None:
+    lines = [{"step": s, "stage": stage, "loss": 1.0} for stage in ("one", "two") for s in (1, 2, 3)]
+    training, _ = plots._curves(lines)
+    assert [step for step, _ in training] == [1, 2, 3, 4, 5, 6]
+
+
+def test_smoothing_keeps_ends_and_lines() -> None:
+    line = [float(i) for i in range(100)]
+    assert plots._smooth(line) == pytest.approx(line)
+
+
 def test_figures_take_their_colours_from_the_page() -> None:
     svg = plots.whisker(5, 1, 9, span=(-2, 12), threshold=0, asked=2, colour="pass", title='"<&')
     assert "var(--pass, #1c7a4d)" in svg

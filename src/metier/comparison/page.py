@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metier import curves, plots
+from metier import plots
 from metier.comparison import figures
 from metier.release import gate, page
 
@@ -68,19 +68,18 @@ def _plots(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for name, title in (("loss", "Training loss, smoothed"), ("valid_loss", "Validation loss")):
         for column, axis, per in ((0, "step", 1), (1, unit, size)):
             drawn = [
-                (place, _curve(run["curves"][name], column, per, smoothed=name == "loss"))
+                (place, [(point[column] / per, point[2]) for point in run["curves"][name]])
                 for place, run in enumerate(runs)
             ]
-            marked = name == "valid_loss" and max(len(curve) for _, curve in drawn) <= _FEW
-            svg = plots.curves_plot(drawn, axis=axis, title=f"{title}, by {axis}", marked=marked)
+            svg = plots.curves_plot(
+                drawn,
+                axis=axis,
+                title=f"{title}, by {axis}",
+                smoothed=name == "loss",
+                marked=name == "valid_loss" and max(len(curve) for _, curve in drawn) <= _FEW,
+            )
             shown += [{"title": title, "svg": svg}] if svg else []
     return shown
-
-
-def _curve(points: Sequence[Sequence[float]], column: int, per: float, *, smoothed: bool) -> curves.Curve:
-    values = [point[2] for point in points]
-    heights = curves.smooth(values) if smoothed else values
-    return [(point[column] / per, height) for point, height in zip(points, heights, strict=True)]
 
 
 def _differences(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -143,7 +143,9 @@ def _data(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(side: Side) -> dict[str, Any]:
-    """`loss` is the mean of the last steps, `valid_loss` the best; `seconds` are those of the steps alone."""
+    """`loss` is the mean of the last steps, `valid_loss` the best of the last stage, `seconds` those of the steps."""
+    stage = side.points[-1].stage
+    validations = [p.figures["valid_loss"] for p in side.points if p.stage == stage and "valid_loss" in p.figures]
     steps = [p.figures for p in side.points if "loss" in p.figures]
     last = [figures["loss"] for figures in steps[-LAST_STEPS:]]
     seconds = side.points[-1].seconds
@@ -153,7 +155,7 @@ def _training(side: Side) -> dict[str, Any]:
         "steps": len(steps),
         "tokens": round(tokens),
         "loss": math.fsum(last) / len(last) if last else None,
-        "valid_loss": min((p.figures["valid_loss"] for p in side.points if "valid_loss" in p.figures), default=None),
+        "valid_loss": min(validations, default=None),
         "seconds": round(seconds, 3),
         "act_seconds": side.manifests["train"]["seconds"] if "train" in side.manifests else None,
         "tokens_per_second": tokens / seconds if seconds else None,

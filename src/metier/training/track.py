@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Following:
     def __init__(self, metrics: Path, names: Sequence[str], about: About) -> None:
         self.failed: dict[str, str] = {}
         self._metrics, self._read, self._walk = metrics, 0, curves.Walk()
-        self._last, self._next = Point(0, 0.0, {}), 0.0
+        self._last, self._next = Point(0, "", 0.0, {}), 0.0
         self._open: dict[str, Tracker] = {}
         for name in names:
             with self._spared(name):
@@ -71,7 +71,7 @@ class Following:
         """Passes on the rest, and the training's main figures as one last point under `final/`."""
         self._pass_on()
         numbers = {f"final/{k}": float(v) for k, v in config.dotted(dict(figures)).items() if curves.finite(v)}
-        self._send([Point(self._last.step, self._last.seconds, numbers)])
+        self._send([replace(self._last, figures=numbers)])
 
     def close(self, *, finished: bool) -> None:
         for name, tracker in dict(self._open).items():
