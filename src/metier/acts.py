@@ -208,6 +208,15 @@ def _train(loaded: Loaded, run: Run, work: Path) -> dict[str, Any]:
     return training.train(loaded, run, work)
 
 
+def find_rate(loaded: Loaded, run: Run) -> dict[str, Any]:
+    """A suggested learning rate, from trial steps on the rows that `train` would train on."""
+    _hold_earlier("train", loaded, run)
+    hold_extras("train")
+    from metier.training import finder
+
+    return finder.find(loaded, run)
+
+
 def _hold_claims(loaded: Loaded, run: Run) -> None:
     """Refuses a claim that this task has no grader for; one validation row shows which graders there are."""
     from metier.evaluate import metrics

@@ -87,6 +87,24 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure, "Loss by training step")
 
 
+def rate_plot(points: Sequence[Mapping[str, float]], suggestion: float) -> str:
+    """Loss against a growing learning rate, from the points of `lr.json`, with a line at what is suggested."""
+    with _style():
+        figure = _figure(440, 250)
+        axes = _axes(figure, left=48, right=14, top=34, bottom=40)
+        rates = [point["lr"] for point in points]
+        axes.set_xscale("log")
+        axes.tick_params(which="minor", length=0)
+        axes.grid(axis="y", color=_PAINT["rule"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.plot(rates, [point["loss"] for point in points], color=_PAINT["faint"], linewidth=1)
+        axes.plot(rates, [point["smoothed"] for point in points], color=_PAINT["base"], linewidth=1.8)
+        axes.axvline(suggestion, color=_PAINT["tuned"], linewidth=1.4, linestyle=(0, (4, 3)))
+        axes.set_xlabel("learning rate", color=_PAINT["quiet"])
+        _inline_legend(figure, [("base", "loss, smoothed"), ("tuned", f"suggested {suggestion:g}")])
+        return _svg(figure, "Loss by learning rate")
+
+
 def curves_plot(
     drawn: Sequence[tuple[int, Sequence[tuple[float, float]]]], *, axis: str, title: str, smoothed: bool, marked: bool
 ) -> str:
