@@ -1,7 +1,7 @@
 """The learning-rate range test: trial steps that say which peak rate a stage may be given (Smith 2017, section 3.3).
 
-The rate grows by the same factor in every step, from far too small to far too large, on training rows and from a fresh
-adapter. Nothing that was trained is kept, and validation and test rows are not read.
+The rate grows by the same factor in every step, from far too small to far too large, on training rows and from the
+weights that a training begins with. Nothing that was trained is kept, and validation and test rows are not read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from metier import machine, plots, progress, records, runs
 from metier.config import Loaded
 from metier.errors import NumericError
-from metier.models import load, lora
+from metier.models import load
 from metier.runs import Run
 from metier.text import batches
 from metier.text.batches import Row
 from metier.text.chat import Renderer
 from metier.training import loop
+from metier.training.run import set_free
 
 FOLDER, FOUND, PLOT = "lr", "lr.json", "lr.svg"
 STEPS, LOWEST, HIGHEST = 60, 1e-6, 1.0
@@ -50,8 +51,7 @@ def find(loaded: Loaded, run: Run) -> dict[str, Any]:
     examples = records.examples(run.require("build") / "train.jsonl")
     rows = [Row.of(e.id, renderer.render(e.messages)) for e in examples]
     model = load.model(base, dtype=machine.dtype(spec.machine.dtype, device), device=device)
-    targets = stage.targets if isinstance(stage.targets, str) else list(stage.targets)
-    lora.attach(model, rank=stage.rank, alpha=stage.alpha, targets=targets, seed=spec.seed)
+    flat = loop.Flat(set_free(model, stage, spec.seed))
     schedule = Sweep(
         steps=STEPS,
         batch_size=stage.batch_size,
@@ -65,7 +65,6 @@ def find(loaded: Loaded, run: Run) -> dict[str, Any]:
     with runs.stoppable() as stop, progress.bar("lr", STEPS, "steps") as advance:
 
         def steps() -> Iterable[loop.StepResult]:
-            flat = loop.Flat(lora.parameters(model))
             for result in loop.steps(model, flat, rows, batches.shared_prefix(rows), schedule):
                 stop.check()
                 advance(1, f"lr {result.lr:.1e}  loss {result.loss:.3f}")
