@@ -90,10 +90,13 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
 def rate_plot(points: Sequence[Mapping[str, float]], suggestion: float) -> str:
     """Loss against a growing learning rate, from the points of `lr.json`, with a line at what is suggested."""
     with _style():
+        from matplotlib.ticker import FuncFormatter
+
         figure = _figure(440, 250)
         axes = _axes(figure, left=48, right=14, top=34, bottom=40)
         rates = [point["lr"] for point in points]
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         axes.tick_params(which="minor", length=0)
         axes.grid(axis="y", color=_PAINT["rule"], linewidth=0.8)
         axes.set_axisbelow(True)

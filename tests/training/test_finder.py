@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import metier
-from metier import records, runs
+from metier import plots, records, runs
 from metier.errors import NumericError, RunError
 from metier.training import finder, loop
 
@@ -66,3 +66,9 @@ def test_the_same_twice_from_training_rows_alone_and_the_run_is_as_it_was(
     assert 1e-7 < first["suggestion"] < 1 and first["points"][0]["lr"] == pytest.approx(1e-6)
     assert runs.sha256(run / "data" / "dataset.json") == before and not (run / "train").exists()
     assert not list(run.glob(".work-train")) and set(read) == {"train.jsonl"}
+
+
+def test_the_plot_names_the_rates_in_plain_figures_and_the_suggestion() -> None:
+    points = [{"lr": 10.0**power, "loss": 2.0 - power / 10, "smoothed": 2.0} for power in range(-6, 0)]
+    drawn = plots.rate_plot(points, 0.00092)
+    assert ">0.001<" in drawn and ">1e-05<" in drawn and "suggested 0.00092" in drawn and "$" not in drawn
