@@ -210,7 +210,7 @@ def _wandb(about: About) -> Tracker:
 
 def _trackio(about: About) -> Tracker:
     """A run in trackio's local store, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say; it knows its last step."""
-    _unless_set(TRACKIO_PROJECT=PROJECT, HF_HUB_DISABLE_TELEMETRY="1")
+    _unless_set(TRACKIO_PROJECT=PROJECT)
     import trackio
 
     # It greets on stdout, which belongs to the command's own result.
