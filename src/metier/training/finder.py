@@ -50,7 +50,8 @@ def find(loaded: Loaded, run: Run) -> dict[str, Any]:
     renderer = Renderer(base.folder)
     examples = records.examples(run.require("build") / "train.jsonl")
     rows = [Row.of(e.id, renderer.render(e.messages)) for e in examples]
-    model = load.model(base, dtype=machine.dtype(spec.machine.dtype, device), device=device)
+    dtype = machine.dtype(spec.machine.dtype, device)
+    model = load.model(base, dtype=dtype, device=device, quantize=stage.quantize)
     flat = loop.Flat(set_free(model, stage, spec.seed))
     schedule = Sweep(
         steps=STEPS,
