@@ -22,6 +22,7 @@ HOUSE = (
     ("__main__",),
     ("cli",),
     ("metier",),
+    ("comparison",),
     ("talk", "health", "summary", "manifests"),
     ("acts", "recipes"),
     ("release",),
@@ -32,7 +33,7 @@ HOUSE = (
     ("data", "text", "cost", "plots", "machine"),
     ("fetch",),
     ("runs",),
-    ("progress", "stats", "config"),
+    ("progress", "stats", "config", "curves"),
     ("records",),
     ("errors",),
 )

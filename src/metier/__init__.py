@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metier.runs import Run
 
 __version__ = "0.1.0"
-__all__ = ["ask", "build", "cluster", "doctor", "new", "prove", "run", "ship", "train"]
+__all__ = ["ask", "build", "cluster", "compare", "doctor", "lr", "new", "prove", "run", "ship", "train"]
 
 
 def build(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = (), dry: bool = False) -> Outcome:
@@ -60,6 +60,21 @@ def ask(run: str | Path, text: str) -> dict[str, Any]:
     from metier.talk import ask as front
 
     return front(Path(run), text)
+
+
+def lr(spec: str | Path, *, runs: str | Path = "runs", settings: Sequence[str] = ()) -> dict[str, Any]:
+    """A suggested learning rate, from trial steps whose adapter is thrown away."""
+    from metier import acts
+
+    with _opened(spec, runs, settings, dry=False) as (loaded, opened):
+        return acts.find_rate(loaded, opened)
+
+
+def compare(*runs: str | Path) -> dict[str, Any]:
+    """Settings, data, curves, results and cost of runs, side by side; the others are held against the first."""
+    from metier.comparison.run import compare as front
+
+    return front([Path(run) for run in runs])
 
 
 def new(recipe: str, folder: str | Path) -> Path:

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from metier.cost import Rates
 
 DONE, FRESH, PLANNED, FOLLOWED = "done", "up to date", "would be done", "took part"
+MUTABLE = ("dataset.json", "checkpoints/", "tensorboard/")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
     why = _reason(act, run, settings, inputs)
     if dry:
         return Outcome(act, run.folder, PLANNED, why=why, figures=_forecast(act, loaded, run))
-    hold_extras(act)
+    hold_extras(act, loaded.spec.track)
     start = time.monotonic()
     work = run.work(act, fingerprint)
     runs.write(run.folder / "specialist.yaml", config.dump(_anywhere(loaded)))
@@ -65,7 +66,7 @@ def perform(act: str, loaded: Loaded, run: Run, *, dry: bool = False) -> Outcome
         seconds = spent + time.monotonic() - start
         _spend(work, seconds)
     machine.give_back()
-    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=("dataset.json", "checkpoints/"))
+    run.publish(act, settings=settings, inputs=inputs, seconds=seconds, mutable=MUTABLE)
     return Outcome(act, run.folder, DONE, seconds, why, figures, _outputs(act, run))
 
 
@@ -101,16 +102,18 @@ def _spend(work: Path, seconds: float) -> None:
         runs.write(work / runs.SPENT, f"{seconds:.3f}")
 
 
-def hold_extras(act: str) -> None:
+def hold_extras(act: str, track: Sequence[str] = ()) -> None:
     """Refuses before the work starts where an optional part is absent that the act needs at its end."""
     engine = {"torch": "train", "transformers": "train"}
     needed = {
-        "train": engine | {"matplotlib": "report"},
+        "train": engine | {"matplotlib": "report"} | {name: name for name in track},
         "prove": engine | {"llguidance": "train", "bm25s": "rag", "matplotlib": "report"},
         "ship": engine,
     }.get(act, {})
     for module, extra in needed.items():
-        if importlib.util.find_spec(module) is None:
+        found = importlib.util.find_spec(module)
+        # A folder of that name, such as trackers leave behind, is found too, but has no origin.
+        if found is None or found.origin is None:
             raise needs_extra(module, extra)
 
 
@@ -250,6 +253,15 @@ def follow(loaded: Loaded, folder: Path) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="metier-") as scratch:
             training.train(loaded, Run(folder), Path(scratch))
     return Outcome("train", folder, FOLLOWED)
+
+
+def find_rate(loaded: Loaded, run: Run) -> dict[str, Any]:
+    """A suggested learning rate, from trial steps on the rows that `train` would train on."""
+    _hold_earlier("train", loaded, run)
+    hold_extras("train")
+    from metier.training import finder
+
+    return finder.find(loaded, run)
 
 
 def _hold_claims(loaded: Loaded, run: Run) -> None:

@@ -114,6 +114,42 @@ def ask(run: str, text: str, as_json: bool) -> None:
 
 
 @commands.command()
+@click.argument("spec", metavar="SPEC")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting, as train.rank=8.")
+@click.option("--runs", default="runs", show_default=True, metavar="DIR", help="Where run folders lie.")
+def lr(spec: str, as_json: bool, settings: tuple[str, ...], runs: str) -> None:
+    """Suggest a learning rate, from 60 trial steps on training rows; what they train is thrown away."""
+    progress.quiet = as_json
+    found = metier.lr(spec, runs=runs, settings=settings)
+    if as_json:
+        _out(found)
+    else:
+        click.echo(f"suggested: --set train.learning_rate={found['suggestion']:g}")
+
+
+@commands.command()
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
+@click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False), help="Also as a page with the curves.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+def compare(runs: tuple[str, ...], page: str | None, as_json: bool) -> None:
+    """Show runs side by side: settings, data, curves, results, cost. The first is what the others are held against."""
+    progress.quiet = as_json
+    found = metier.compare(*runs)
+    if page:
+        from metier.comparison.page import comparison_page
+        from metier.runs import write
+
+        write(Path(page), comparison_page(found))
+    if as_json:
+        _out(found)
+    else:
+        from metier.comparison.words import show
+
+        show(found)
+
+
+@commands.command()
 @click.argument("recipe")
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from metier.errors import ConfigError, nearest
 
@@ -419,6 +419,9 @@ class Machine(Settings):
         return self
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+
+
 class Spec(Settings):
     """One specialist: what it does, what it learns from, what must be proved."""
 
@@ -444,6 +447,18 @@ class Spec(Settings):
     prove: Prove = Field(default_factory=Prove, description="The proof.")
     ship: Ship = Field(default_factory=Ship, description="The release.")
     machine: Machine = Field(default_factory=Machine, description="How this machine is used.")
+    track: tuple[Tracker, ...] = Field(
+        (),
+        description="Trackers that show the training's metrics beside `metrics.jsonl`: `tensorboard`, `mlflow`, "
+        "`wandb`, `trackio`; each is an extra of its name. See [Tracking](tracking.md).",
+    )
+
+    @field_validator("track")
+    @classmethod
+    def _named_once(cls, names: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a tracker is named twice")
+        return names
 
     @model_validator(mode="after")
     def _format_has_a_schema(self) -> Spec:
@@ -534,6 +549,15 @@ def dump(spec: Spec) -> str:
 def tree(settings: BaseModel) -> dict[str, Any]:
     """Settings as plain JSON values under their YAML names."""
     return settings.model_dump(mode="json", by_alias=True)
+
+
+def dotted(tree: Any, path: str = "") -> dict[str, Any]:
+    """{key as `--set` takes it: value} of settings as plain values; a list of plain values is one value."""
+    if isinstance(tree, list) and any(isinstance(item, (dict, list)) for item in tree):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for name, inner in tree.items() for k, v in dotted(inner, f"{path}.{name}".lstrip(".")).items()}
 
 
 def registration(spec: Spec, task: dict[str, Any]) -> dict[str, Any]:

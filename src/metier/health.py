@@ -15,6 +15,10 @@ EXTRAS = {
     "rag": ("bm25s",),
     "report": ("matplotlib",),
     "scale": ("ray",),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
 
 

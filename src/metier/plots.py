@@ -44,6 +44,14 @@ SHAPES = {
     "tuned": ("o", "●"),
     "tuned-rag": ("P", "✚"),
 }
+# How runs that are compared are told apart: colour, and dashes in lengths of ink and gap.
+RUNS: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("tuned", ()),
+    ("prompt", (5, 2)),
+    ("few-shot", (1.5, 1.5)),
+    ("rag", (6, 2, 1.5, 2)),
+    ("base", (9, 3)),
+)
 # Stand-ins that matplotlib understands, exchanged for `var(--name, colour)` in the finished text.
 _PAINT = {name: f"#0000{place:02x}" for place, name in enumerate(COLOURS, 1)}
 _SMALL = 12
@@ -86,6 +94,65 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("step", color=_PAINT["quiet"])
         _inline_legend(figure, entries)
         return _svg(figure, "Loss by training step")
+
+
+def rate_plot(points: Sequence[Mapping[str, float]], suggestion: float) -> str:
+    """Loss against a growing learning rate, from the points of `lr.json`, with a line at what is suggested."""
+    with _style():
+        from matplotlib.ticker import FuncFormatter
+
+        figure = _figure(440, 250)
+        axes = _axes(figure, left=48, right=14, top=34, bottom=40)
+        rates = [point["lr"] for point in points]
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        axes.tick_params(which="minor", length=0)
+        axes.grid(axis="y", color=_PAINT["rule"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.plot(rates, [point["loss"] for point in points], color=_PAINT["faint"], linewidth=1)
+        axes.plot(rates, [point["smoothed"] for point in points], color=_PAINT["base"], linewidth=1.8)
+        axes.axvline(suggestion, color=_PAINT["tuned"], linewidth=1.4, linestyle=(0, (4, 3)))
+        axes.set_xlabel("learning rate", color=_PAINT["quiet"])
+        _inline_legend(figure, [("base", "loss, smoothed"), ("tuned", f"suggested {suggestion:g}")])
+        return _svg(figure, "Loss by learning rate")
+
+
+def curves_plot(
+    drawn: Sequence[tuple[int, Sequence[tuple[float, float]]]], *, axis: str, title: str, smoothed: bool, marked: bool
+) -> str:
+    """The curves (x, y) of several runs over one axis, each in the look of its run's place.
+
+    `smoothed` draws their moving averages, `marked` shows every point.
+    """
+    if not any(curve for _, curve in drawn):
+        return ""
+    with _style():
+        figure = _figure(440, 230)
+        axes = _axes(figure, left=48, right=14, top=12, bottom=40)
+        values = [y for _, curve in drawn for _, y in curve]
+        if min(values) > 0 and max(values) / min(values) > 10:
+            _log(axes)
+        axes.grid(axis="y", color=_PAINT["rule"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        for place, curve in drawn:
+            colour, dashes = RUNS[place % len(RUNS)]
+            style: Any = (0, dashes) if dashes else "solid"
+            marker = SHAPES[colour][0] if marked else ""
+            heights = [y for _, y in curve]
+            heights = _smooth(heights) if smoothed else heights
+            axes.plot(
+                [x for x, _ in curve],
+                heights,
+                color=_PAINT[colour],
+                linewidth=1.8,
+                linestyle=style,
+                marker=marker,
+                markersize=6,
+            )
+        axes.margins(x=0.02)
+        _integer_ticks(axes.xaxis)
+        axes.set_xlabel(axis, color=_PAINT["quiet"])
+        return _svg(figure, title)
 
 
 def whisker(

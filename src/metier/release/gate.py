@@ -150,15 +150,11 @@ def _beats(
     """Ours minus theirs on the cases where both could be judged."""
     asked = cases.get(OURS, set()) | cases.get(against, set())
     ours, theirs = values.get((OURS, claim.grader), {}), values.get((against, claim.grader), {})
-    pairs = [(c, ours[c], theirs[c]) for c in sorted(asked) if _judged(ours, c) and _judged(theirs, c)]
-    missing = len(asked) - len(pairs)
+    paired = difference(ours, theirs, groups, confidence)
+    missing = len(asked) - (paired.n if paired else 0)
     row = _row(claim.name, against, claim.grader, claim.margin, confidence)
-    if not pairs:
+    if paired is None:
         return row | _no_evidence(missing, _cases_for(max(claim.margin, _FINEST), 0, 1 - confidence))
-    left, right = [a for _, a, _ in pairs], [b for _, _, b in pairs]
-    binary = set(left) | set(right) <= {0, 1}
-    compare: Callable[..., stats.Paired] = stats.paired_binary if binary else stats.paired_continuous
-    paired = compare(left, right, [groups.get(c, c) for c, _, _ in pairs], confidence)
     result, why = _beats_result(paired, claim.margin)
     needs = _beats_needs(paired, claim.margin) if result == "unclear" else None
     row |= {
@@ -175,6 +171,18 @@ def _beats(
         "smallest_detectable": paired.smallest_detectable,
     }
     return row | _settled(result, why, needs, paired.n, missing)
+
+
+def difference(
+    ours: Mapping[str, float | None], theirs: Mapping[str, float | None], groups: Mapping[str, str], confidence: float
+) -> stats.Paired | None:
+    """Ours minus theirs, by case, on the cases where both could be judged; None where there is no such case."""
+    both = [(c, a, b) for c in sorted(ours) if (a := ours[c]) is not None and (b := theirs.get(c)) is not None]
+    if not both:
+        return None
+    names, left, right = zip(*both, strict=True)
+    compare: Callable[..., stats.Paired] = stats.paired_binary if {*left, *right} <= {0, 1} else stats.paired_continuous
+    return compare(left, right, [groups.get(c, c) for c in names], confidence)
 
 
 def _beats_result(paired: stats.Paired, margin: float) -> tuple[str, str]:
@@ -298,10 +306,6 @@ def _settled(result: str, why: str, needs: int | None, n: int, missing: int) -> 
         why = f"{missing} of {n + missing} cases could not be judged, more than {100 * MAX_MISSING:g} %"
         result, needs = "unclear", max(needs or 0, n + missing)
     return {"missing": missing, "result": result, "why": why, "needs": needs}
-
-
-def _judged(values: Mapping[str, float | None], case: str) -> bool:
-    return values.get(case) is not None
 
 
 def _decide(results: Sequence[str], sealed: Mapping[str, Any]) -> tuple[str, str]:

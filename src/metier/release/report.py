@@ -18,13 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from metier import config, cost, plots, records, runs
 from metier.progress import clock
 from metier.records import Completion, Example, Score
-from metier.release import gate
+from metier.release import gate, page
 from metier.release.gate import ALL, FIELD, OURS, SCHEMA
 
 WRONG_CASES, WON_CASES = 12, 8
@@ -55,10 +52,6 @@ OUTCOMES = (
 )
 GRADERS = {PARSES: "parses as JSON", SCHEMA: "valid by schema", ALL: "all right"}
 PACKAGES = ("metier", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
-
-# C0 and C1 controls, and the marks that reorder or hide text, as characters that can be seen.
-_DISGUISES = (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0xFEFF)
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | dict.fromkeys(_DISGUISES, "\ufffd")
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ def report(run_folder: Path, proof_folder: Path) -> str:
         "figures": _figures(proof),
         "claims": _claims(proof),
         "arms": _arms(proof),
-        "columns": [_grader_name(g) for g in proof.graders],
+        "columns": [grader_name(g) for g in proof.graders],
         "arms_plot": _arms_plot(proof),
         "outcomes": _outcomes(proof),
         "outcome_names": dict(OUTCOMES),
@@ -135,7 +128,7 @@ def report(run_folder: Path, proof_folder: Path) -> str:
         "versions": _versions(),
         "limits": _limits(proof),
     }
-    return _render(context)
+    return page.render(Path(__file__).with_name("report.html.j2"), context)
 
 
 # Reading
@@ -188,16 +181,16 @@ def _figures(proof: Proof) -> list[dict[str, str]]:
     ours = arms.get(OURS, {})
     out = []
     if ALL in ours:
-        beside = f"{rival}: {_percent(arms[rival][ALL])}" if rival else ""
-        out.append({"figure": _percent(ours[ALL]), "what": "answers all right", "beside": beside})
+        beside = f"{rival}: {page.percent(arms[rival][ALL])}" if rival else ""
+        out.append({"figure": page.percent(ours[ALL]), "what": "answers all right", "beside": beside})
     if SCHEMA in ours:
-        beside = f"{rival}: {_percent(arms[rival][SCHEMA])}" if rival and SCHEMA in arms[rival] else ""
-        out.append({"figure": _percent(ours[SCHEMA]), "what": "valid answers", "beside": beside})
+        beside = f"{rival}: {page.percent(arms[rival][SCHEMA])}" if rival and SCHEMA in arms[rival] else ""
+        out.append({"figure": page.percent(ours[SCHEMA]), "what": "valid answers", "beside": beside})
     if ours:
-        beside = f"{rival}: {_dollars(arms[rival]['dollars_per_1000'])}" if rival else ""
-        out.append({"figure": _dollars(ours["dollars_per_1000"]), "what": "for 1,000 answers", "beside": beside})
+        beside = f"{rival}: {page.dollars(arms[rival]['dollars_per_1000'])}" if rival else ""
+        out.append({"figure": page.dollars(ours["dollars_per_1000"]), "what": "for 1,000 answers", "beside": beside})
     if seconds := proof.trained.get("seconds"):
-        price = _dollars(cost.training_cost(seconds, proof.spec.machine.dollars_per_hour))
+        price = page.dollars(cost.training_cost(seconds, proof.spec.machine.dollars_per_hour))
         out.append({"figure": clock(seconds), "what": "of training", "beside": f"{price} on this machine"})
     return out
 
@@ -225,14 +218,14 @@ def _claim_title(claim: Mapping[str, Any]) -> str:
     if not claim["against"]:
         return "Answers are valid"
     rival = {"base": "the base model", "prompt": "the prompt", "few-shot": "few-shot prompting"}
-    about = "" if claim["grader"] == ALL else f" in {_grader_name(claim['grader'])}"
+    about = "" if claim["grader"] == ALL else f" in {grader_name(claim['grader'])}"
     return f"Beats {rival.get(claim['against'], claim['against'])}{about}"
 
 
 def _claim_figure(claim: Mapping[str, Any]) -> str:
     if claim["estimate"] is None:
         return "—"
-    return f"{gate.signed_points(claim['estimate'])} points" if claim["against"] else _percent(claim["estimate"])
+    return f"{gate.signed_points(claim['estimate'])} points" if claim["against"] else page.percent(claim["estimate"])
 
 
 def _interval(claim: Mapping[str, Any]) -> str:
@@ -282,8 +275,8 @@ def _claim_facts(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("test", claim["test"]),
     ]
     if claim["p"] is not None:
-        exact = f" (exact {_p(claim['p_exact'])})" if claim["p_exact"] is not None else ""
-        facts.append(("p", _p(claim["p"]) + exact))
+        exact = f" (exact {page.p(claim['p_exact'])})" if claim["p_exact"] is not None else ""
+        facts.append(("p", page.p(claim["p"]) + exact))
     if claim["b"] is not None:
         facts.append(("only tuned right / only the other", f"{claim['b']:,} / {claim['c']:,}"))
     if detectable is not None:
@@ -305,7 +298,7 @@ def _arms(proof: Proof) -> list[dict[str, Any]]:
                 "arm": arm,
                 "what": ARMS.get(arm, ""),
                 "n": figures["n"],
-                "cells": [(_percent(m) if m is not None else "—", _cell_interval(i)) for m, i in cells],
+                "cells": [(page.percent(m) if m is not None else "—", _cell_interval(i)) for m, i in cells],
             }
             | _mark(arm)
         )
@@ -334,7 +327,7 @@ def _arms_plot(proof: Proof) -> str:
             if mean is not None:
                 low, high = (interval[k] if interval[k] is not None else mean for k in ("low", "high"))
                 values[arm] = (100 * mean, 100 * low, 100 * high)
-        rows.append((_grader_name(grader).translate(_VISIBLE), values))
+        rows.append((grader_name(grader).translate(page.VISIBLE), values))
     return plots.arms_plot(rows, proof.arms)
 
 
@@ -465,7 +458,7 @@ def _training(proof: Proof) -> list[tuple[str, str]]:
     facts = []
     if seconds := proof.trained.get("seconds"):
         facts.append(("time", clock(seconds)))
-        facts.append(("price", _dollars(cost.training_cost(seconds, proof.spec.machine.dollars_per_hour))))
+        facts.append(("price", page.dollars(cost.training_cost(seconds, proof.spec.machine.dollars_per_hour))))
     if steps:
         facts.append(("steps", f"{len(steps):,}"))
         facts.append(("tokens", f"{sum(line.get('tokens', 0) for line in steps):,}"))
@@ -536,12 +529,12 @@ def _costs(proof: Proof) -> dict[str, Any]:
                 "tokens": f"{figures['tokens_per_case']:,.0f}",
                 "seconds": clock(1000 * figures["seconds_per_case"]),
                 "measured": clock(1000 * measured),
-                "dollars": _dollars(figures["dollars_per_1000"]),
+                "dollars": page.dollars(figures["dollars_per_1000"]),
                 "times": _times(figures["dollars_per_1000"], ours["dollars_per_1000"]) if ours else "",
             }
             | _mark(arm)
         )
-    return {"rows": rows, "hour": _dollars(proof.spec.machine.dollars_per_hour), "pays": _pays(proof, rival)}
+    return {"rows": rows, "hour": page.dollars(proof.spec.machine.dollars_per_hour), "pays": _pays(proof, rival)}
 
 
 def _pays(proof: Proof, rival: str | None) -> str:
@@ -552,7 +545,7 @@ def _pays(proof: Proof, rival: str | None) -> str:
     answers = cost.answers_to_break_even(spent, *(arms[a]["dollars_per_1000"] for a in (OURS, rival)))
     if answers is None:
         return f"A specialist’s answer costs no less than one by {rival}: training pays in quality, not in money."
-    return f"Training cost {_dollars(spent)}; against {rival} it has paid for itself after {answers:,} answers."
+    return f"Training cost {page.dollars(spent)}; against {rival} it has paid for itself after {answers:,} answers."
 
 
 def _data(proof: Proof) -> dict[str, Any]:
@@ -636,7 +629,7 @@ def _limits_of_claims(proof: Proof) -> list[str]:
 
 def _limits_of_answers(proof: Proof) -> list[str]:
     pairs = [(arm, grader) for arm in proof.arms for grader in proof.graders]
-    missing = [(arm, _grader_name(grader), _unjudged(proof, arm, grader)) for arm, grader in pairs]
+    missing = [(arm, grader_name(grader), _unjudged(proof, arm, grader)) for arm, grader in pairs]
     cut = [(row["arm"], row["cut"]) for row in _outcomes(proof)]
     out = [
         f"Of {arm}’s answers, {n:,} could not be judged by “{name}”; its figures leave them out."
@@ -692,15 +685,11 @@ def _right(
     return answer is not None and field in answer and bool(answer[field] == expected[field])
 
 
-def _grader_name(grader: str) -> str:
+def grader_name(grader: str) -> str:
     return GRADERS.get(grader, grader.removeprefix(FIELD))
 
 
 # Numbers and texts
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f}\u00a0%"
 
 
 def _unbroken(text: str) -> str:
@@ -708,19 +697,8 @@ def _unbroken(text: str) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def _dollars(amount: float) -> str:
-    """Cents where there are any, else two digits that count."""
-    if amount >= 0.1 or amount <= 0:
-        return f"${amount:,.2f}" if amount else "$0"
-    return f"${amount:.{1 - math.floor(math.log10(amount))}f}"
-
-
 def _times(theirs: float, ours: float) -> str:
     return f"{theirs / ours:.1f}\u00a0×" if ours > 0 else ""
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _signed_percent(share: float) -> str:
@@ -739,23 +717,3 @@ def _text(value: Any) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()} … ({len(text) - most:,} more characters)"
-
-
-# The page
-
-
-def _render(context: Mapping[str, Any]) -> str:
-    def seen(value: Any) -> Any:
-        return value if isinstance(value, Markup) or not isinstance(value, str) else value.translate(_VISIBLE)
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=seen,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(context)
-    # No style sheet imports anything; a text that quotes one must not look, to a scanner, as if ours did.
-    return page.replace("@import", "&#64;import")

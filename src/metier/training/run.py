@@ -27,7 +27,7 @@ from metier.runs import Run
 from metier.text import chat
 from metier.text.batches import Row
 from metier.text.chat import Renderer
-from metier.training import checkpoint, exactness, loop, replay, rollouts, teacher, world
+from metier.training import checkpoint, exactness, loop, replay, rollouts, teacher, track, world
 from metier.training.feeds import Feed, feeds, hold_context
 from metier.training.metrics import Metrics
 from metier.training.plan import Load, Shape, joined, learning_rate, measured, plan, shape, spared_gb, spread
@@ -88,12 +88,17 @@ def _train(loaded: Loaded, run: Run, work: Path, device: torch.device, here: Wor
     under = exactness.fingerprint(device, chosen["dtype"], chosen["micro_batch_tokens"], world_size=here.size)
     student, log = _Student(model, flat, renderer, data, work), _Log(work, under, here)
     _go_on(work, flat, log, stages)
-    for place, feed in enumerate(stages):
-        if place >= log.place:
-            _stage(student, place, feed, _schedule(feed, spec.seed, chosen["stages"][place]), log)
-    if not here.writes:
-        return {}
-    return _finish(work, model, flat, chosen, log, base, renderer)
+    watched = spec if here.writes else spec.model_copy(update={"track": ()})
+    with track.following(watched, work, METRICS) as trackers:
+        for place, feed in enumerate(stages):
+            if place >= log.place:
+                schedule = _schedule(feed, spec.seed, chosen["stages"][place])
+                _stage(student, place, feed, schedule, log, trackers)
+        if not here.writes:
+            return {}
+        figures = _finish(work, model, flat, chosen, log, base, renderer)
+        trackers.end(figures)
+    return figures | ({"trackers_failed": trackers.failed} if spec.track else {})
 
 
 def set_free(model: PreTrainedModel, stage: Stage, seed: int) -> list[nn.Parameter]:
@@ -137,19 +142,21 @@ def _with_columns(feed: Feed, loaded: Loaded, model: PreTrainedModel, base: load
     return replace(feed, rows=made[0], valid=made[1])
 
 
-def _stage(student: _Student, place: int, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+def _stage(
+    student: _Student, place: int, feed: Feed, schedule: loop.Schedule, log: _Log, trackers: track.Following
+) -> None:
     """One stage, from its beginning or from where the log stands in it; leaves the weights of its best validation."""
     if log.place < place:
         student.flat.forget()
         log.begin(place, feed)
         log.measured(_bits_per_byte(student.model, feed, schedule.tokens, log.world))
-    _steps(student, feed, schedule, log)
+    _steps(student, feed, schedule, log, trackers)
     if log.best is not None:
         student.flat.take(log.best)
     log.measured(_bits_per_byte(student.model, feed, schedule.tokens, log.world))
 
 
-def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) -> None:
+def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log, trackers: track.Following) -> None:
     stage, begun = feed.stage, log.step - log.begun
     steps, validation = _walk(student, feed, schedule, log.begun, log.world)
     total = feed.tokens() * schedule.steps * schedule.batch_size / feed.draws
@@ -166,6 +173,7 @@ def _steps(student: _Student, feed: Feed, schedule: loop.Schedule, log: _Log) ->
                 log.validated(loss, student.flat)
                 if log.stopped_early:
                     note(f"stopped early: no better validation loss in {stage.patience} passes")
+            trackers.follow()
             stop.signal = log.world.most(stop.signal)
             last = log.stopped_early or result.step == schedule.steps
             if stop.signal or last or result.step % stage.checkpoint_every == 0:
