@@ -130,8 +130,10 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
     first, steps, broken = names.count("cpt"), loop.steps, {}
     stops = [("cpt", 2), ("cpt", 5), ("cpt", first), ("sft", 1), ("sft", len(names) - first)]
 
-    def breaking(model: object, flat: object, rows: list, prefix: int, schedule: loop.Schedule, start: int = 0):
-        for result in steps(model, flat, rows, prefix, schedule, start):  # type: ignore[arg-type]
+    def breaking(
+        model: object, flat: object, rows: list, prefix: int, schedule: loop.Schedule, start: int = 0, **more: object
+    ):
+        for result in steps(model, flat, rows, prefix, schedule, start, **more):  # type: ignore[arg-type]
             yield result
             here = ("cpt" if schedule.steps == first else "sft", result.step)
             if here in stops and here not in broken:
