@@ -1,7 +1,7 @@
 """The learning-rate range test: trial steps that say which peak rate a stage may be given (Smith 2017, section 3.3).
 
 The rate grows by the same factor in every step, from far too small to far too large, on training rows and from the
-weights that a training begins with. Nothing that was trained is kept, and validation and test rows are not read.
+weights that a training begins with. Nothing that was trained is kept, and test rows are not read.
 """
 
 from __future__ import annotations
