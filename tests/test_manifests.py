@@ -123,7 +123,8 @@ def hold_commands(command: list[str], machines: int, processes: int, *settings: 
     options = dict(zip(command[2:at:2], command[3:at:2], strict=True))
     assert (options["--nnodes"], options["--nproc-per-node"]) == (str(machines), str(processes))
     assert {"--node-rank", "--master-addr", "--master-port"} <= options.keys()
-    context = cli.commands.commands["train"].make_context("train", command[at + 3 :])
+    # A context without the settings of its group would be remembered by the command, and show in its help.
+    context = cli.commands.commands["train"].make_context("train", command[at + 3 :], **cli.commands.context_settings)
     assert context.params["settings"] == settings
 
 
