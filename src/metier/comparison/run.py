@@ -237,6 +237,9 @@ def _incomparable(first: Side, other: Side) -> Iterator[str]:
     both = f"{other.label} and {first.label}"
     if _same([side.dataset.get("hashes", {}).get("valid.jsonl") for side in (first, other)]) is False:
         yield f"{both} were validated on different rows: their validation losses are not comparable"
+    losses = ("method", "teacher", "beta", "temperature", "top_k", "dft")
+    if any(getattr(first.spec.train[-1], k) != getattr(other.spec.train[-1], k) for k in losses):
+        yield f"{both} end with different losses: their losses are not comparable"
     if first.spec.base != other.spec.base:
         yield f"{both} have different bases: where the tokens differ, losses per token are not comparable"
     if not (first.verdict and other.verdict):

@@ -454,7 +454,12 @@ def _case_answer(proof: Proof, arm: str, case: str, expected: Mapping[str, Any])
 
 def _training(proof: Proof) -> list[tuple[str, str]]:
     steps = [line for line in proof.metrics if "loss" in line]
-    validation = [line["valid_loss"] for line in proof.metrics if "valid_loss" in line]
+    last = [line for line in steps if line.get("stage") == steps[-1].get("stage")]
+    validation = [
+        line["valid_loss"]
+        for line in proof.metrics
+        if "valid_loss" in line and line.get("stage") == (last[-1].get("stage") if last else line.get("stage"))
+    ]
     facts = []
     if seconds := proof.trained.get("seconds"):
         facts.append(("time", clock(seconds)))
@@ -463,7 +468,7 @@ def _training(proof: Proof) -> list[tuple[str, str]]:
         facts.append(("steps", f"{len(steps):,}"))
         facts.append(("tokens", f"{sum(line.get('tokens', 0) for line in steps):,}"))
         facts.append(("of them supervised", f"{sum(line.get('supervised_tokens', 0) for line in steps):,}"))
-        facts.append(("training loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"))
+        facts.append(("training loss", f"{last[0]['loss']:.3f} → {last[-1]['loss']:.3f}"))
     if validation:
         facts.append(("validation loss", f"{validation[0]:.3f} → best {min(validation):.3f}"))
     for name, bits in proof.plan.get("bits_per_byte", {}).items():
@@ -472,7 +477,8 @@ def _training(proof: Proof) -> list[tuple[str, str]]:
     for stage, plan in zip(proof.spec.train, planned, strict=True):
         rate = plan.get("learning_rate", stage.learning_rate)
         shown = f", learning rate {rate:g}" if rate else ""
-        facts.append(("method", f"{plan.get('stage', stage.method)}, LoRA rank {stage.rank}{shown}"))
+        tuned = f"LoRA rank {stage.rank}" if stage.tune == "lora" else "every weight"
+        facts.append(("method", f"{plan.get('stage', stage.method)}, {tuned}{shown}"))
     return facts
 
 

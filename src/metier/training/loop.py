@@ -191,7 +191,7 @@ def steps(
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_loss(
     model: PreTrainedModel,
     rows: Sequence[Row],
