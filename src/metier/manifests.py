@@ -18,6 +18,8 @@ from metier.config import Loaded
 from metier.errors import ConfigError
 
 PORT = 29500
+MOUNT = "/claim"
+"""Where a pod sees the claim."""
 ACCELERATORS = r"[A-Za-z0-9_.-]+:[1-9][0-9]*"
 _KUBERNETES_NAME = 50
 
@@ -55,8 +57,8 @@ def kubernetes(loaded: Loaded, machines: Machines, settings: Sequence[str], *, i
     name = _kubernetes_name(loaded.spec.name)
     labels = {"app.kubernetes.io/name": "metier", "app.kubernetes.io/instance": name}
     script = _script(
-        f"/work/{loaded.folder.name}",
-        "/work/runs",
+        f"{MOUNT}/{loaded.folder.name}",
+        f"{MOUNT}/runs",
         machines,
         settings,
         rank="$JOB_COMPLETION_INDEX",
@@ -70,10 +72,10 @@ def kubernetes(loaded: Loaded, machines: Machines, settings: Sequence[str], *, i
         "name": "train",
         "image": image,
         "command": ["/bin/sh", "-c", script],
-        "env": [{"name": "METIER_CACHE", "value": "/work/cache"}, {"name": "HOME", "value": "/tmp"}],  # noqa: S108
+        "env": [{"name": "METIER_CACHE", "value": f"{MOUNT}/cache"}, {"name": "HOME", "value": MOUNT}],
         "resources": {"requests": limits, "limits": limits},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": [{"name": "work", "mountPath": "/work"}, {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
+        "volumeMounts": [{"name": "claim", "mountPath": MOUNT}, {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
     }
     pod = {
         "subdomain": name,
@@ -88,7 +90,7 @@ def kubernetes(loaded: Loaded, machines: Machines, settings: Sequence[str], *, i
         },
         "containers": [container],
         "volumes": [
-            {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
+            {"name": "claim", "persistentVolumeClaim": {"claimName": claim}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
