@@ -166,6 +166,21 @@ def test_a_sharded_base_changes_nothing(case: Case, two: Path) -> None:
     assert (sharded / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes() and curve(sharded) == curve(two)
 
 
+def test_a_sharded_base_is_measured_before_it_trains(case: Case) -> None:
+    """The first pass over raw text keeps no gradient; the layers it gathers must serve the steps behind it."""
+    notes = case.spec / "notes"
+    notes.mkdir()
+    for number in range(40):
+        (notes / f"{number}.txt").write_text(
+            f"Note {number}. " + f"colour {number * 7919} is not {number * 104729}. " * 6
+        )
+    settings = ("data.text=[notes/*.txt]", "train.method=cpt", "train.max_length=64", "machine.shard=always")
+    called = (str(case.spec), case.build("text", *settings), settings)
+    assert _together(case.folder, _train, called, called)[0] == [0, 0]
+    before_and_after = json.loads((case.folder / "text/colours/train/plan.json").read_text())["bits_per_byte"]["cpt"]
+    assert before_and_after["after"] < before_and_after["before"]
+
+
 @pytest.mark.parametrize("shard", ["never", "always"])
 def test_a_process_without_a_row_changes_nothing(case: Case, shard: str) -> None:
     single = ("train.batch_size=1", "train.epochs=0.3")
